@@ -1,0 +1,95 @@
+"""The only reader of the environment and of TOML.
+
+Order of precedence: environment (``BEAVERVISION_<FIELD>``), then the file named by ``BEAVERVISION_CONFIG`` (default:
+``beavervision/config.toml`` in the user's configuration folder), then the defaults below. Stages never see this object:
+callers hand them plain arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from beavervision.errors import UsageError
+
+PREFIX = "BEAVERVISION_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings with their defaults."""
+
+    data_dir: Path = Path("~/.local/share/beavervision")  # imported models
+    model: str = "beaver"
+    voice: str = ""  # empty: the default voice of the language
+    language: str = "en"
+    device: str = "auto"  # auto, cpu, cuda:0, or a comma-separated list
+    threads: int = 0  # CPU threads to plan with; 0: as many as this process may use
+    memory_threshold: float = 0.85  # share of a device's memory that may be used
+    preset: str = "veryfast"  # x264 speed preset
+    crf: int = 18
+    debug: bool = False  # show tracebacks of errors
+
+    @classmethod
+    def load(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment and the file.
+
+        Raises:
+            UsageError: an unknown key, or a value of the wrong kind; the message names it.
+        """
+        env = os.environ if env is None else env
+        base = env.get("XDG_CONFIG_HOME") or str(Path(env.get("HOME", "~")) / ".config")
+        named = env.get(PREFIX + "CONFIG")
+        path = Path(named or Path(base) / "beavervision" / "config.toml").expanduser()
+        values: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                values = tomllib.loads(path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UsageError(
+                    f"{path} cannot be read: {error.strerror}. Correct its rights or remove it."
+                ) from error
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise UsageError(f"{path} is not valid TOML: {error}. Correct or remove it.") from error
+        elif named:
+            raise UsageError(f"{PREFIX}CONFIG names {path}, which does not exist.")
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise UsageError(f"{path}: unknown setting {unknown[0]!r}. Known: {', '.join(known)}.")
+        for name in known:
+            if PREFIX + name.upper() in env:
+                values[name] = env[PREFIX + name.upper()]
+        return cls(**{name: _typed(name, value, getattr(cls(), name)) for name, value in values.items()})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        if not 0 < self.memory_threshold <= 1:
+            raise UsageError(f"memory_threshold is a share between 0 and 1, not {self.memory_threshold}.")
+        if self.threads < 0 or not 0 <= self.crf <= 51:
+            raise UsageError("threads must be 0 or more, and crf between 0 and 51.")
+
+    def voice_for(self, voice: str | None, language: str | None) -> tuple[str | None, str | None]:
+        """The voice and language to use where a caller asks for these two: what is asked for replaces both defaults."""
+        if voice or language:
+            return voice, language
+        return (self.voice, None) if self.voice else (None, self.language)
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    kind = Path if isinstance(default, Path) else type(default)
+    if isinstance(value, str):
+        try:
+            if kind is bool:
+                return ("0", "1", "false", "true").index(value.lower()) % 2 == 1
+            return kind(value)
+        except ValueError as error:
+            raise UsageError(f"setting {name}: {value!r} is no {kind.__name__}.") from error
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    raise UsageError(f"setting {name}: {value!r} is no {kind.__name__}.")
