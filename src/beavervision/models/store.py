@@ -1,0 +1,232 @@
+"""Models that the user brought: imported once from a checkpoint, kept under the data folder, opened by name.
+
+``<data folder>/models/<name>/`` holds ``weights.safetensors`` (for PyTorch), ``model.onnx`` (for ONNX Runtime) and
+``card.json`` (where it came from, its licence, all hashes). A folder is renamed into place when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from beavervision.errors import LicenceError, ModelError
+from beavervision.media import Net
+from beavervision.models.cards import CARDS, WAV2LIP, ModelCard
+from beavervision.models.runtime import OnnxNet
+from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ONNX = "model.onnx"
+_WEIGHTS = "weights.safetensors"
+_CARD = "card.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_TAKEN = {card.name for card in CARDS} - {WAV2LIP.name}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """An imported model. card.sha256 is the checkpoint's; `hashes` are those of the converted files, by name."""
+
+    card: ModelCard
+    folder: Path
+    imported: str  # date and time, ISO 8601, UTC
+    checkpoint: str  # the file's name when it was imported
+    hashes: dict[str, str]
+
+
+class ModelStore:
+    """The imported models under `data_dir`. Every failure is a :class:`~beavervision.errors.ModelError`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._root = data_dir / "models"
+
+    def list(self) -> tuple[StoredModel, ...]:
+        """All imported models, by name."""
+        if not self._root.is_dir():
+            return ()
+        names = sorted(path.parent.name for path in self._root.glob(f"*/{_CARD}"))
+        return tuple(self.get(name) for name in names if _NAME.fullmatch(name))
+
+    def get(self, name: str) -> StoredModel:
+        """The imported model `name`."""
+        folder = self._folder(name)
+        try:
+            stored = json.loads((folder / _CARD).read_text("utf-8"))
+            card = replace(
+                WAV2LIP, name=name, sha256=stored["sha256"], summary=f"Wav2Lip, from {stored['checkpoint']}."
+            )
+            return StoredModel(card, folder, stored["imported"], stored["checkpoint"], dict(stored["hashes"]))
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"There is no model {name!r}. `beavervision models` lists those there are; "
+                "`beavervision models add CHECKPOINT` imports one."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"The card of model {name!r} is damaged ({folder / _CARD}). Remove it with "
+                f"`beavervision models remove {name}` and import it again."
+            ) from error
+
+    def open(self, name: str, *, allow_non_commercial: bool = False, device: str = "cpu", threads: int = 1) -> Net:
+        """The network, ready to run: ONNX Runtime on ``"cpu"``, PyTorch on ``"cuda:N"``.
+
+        Raises:
+            LicenceError: its licence forbids commercial use and `allow_non_commercial` is not set.
+            ModelError: it is missing, or its file differs from the recorded hash.
+        """
+        stored = self.get(name)
+        if stored.card.non_commercial and not allow_non_commercial:
+            raise LicenceError(
+                f"The weights of {name!r} are for non-commercial use only ({stored.card.source}). "
+                "If your use is, say so with --allow-non-commercial."
+            )
+        if device == "cpu":
+            return wav2lip_session(self._checked(stored, _ONNX), threads=threads, name=name)
+        try:
+            import torch  # noqa: F401  (the first import, for its message)
+            from safetensors.torch import load
+
+            from beavervision.models.nets.blocks import loaded
+            from beavervision.models.nets.wav2lip import Wav2Lip
+        except ImportError as error:
+            raise ModelError(f"{name} cannot run on {device}. {INSTALL_TORCH}") from error
+        module = loaded(Wav2Lip, load(self._checked(stored, _WEIGHTS)))
+        return TorchNet(module, device=device, threads=threads, name=name)
+
+    def add(self, path: Path, name: str | None = None) -> StoredModel:
+        """Import a Wav2Lip checkpoint (``{"state_dict": ...}`` as published, or plain tensors by name).
+
+        The pickle is read without running any code of it. `name` defaults to the file's.
+
+        Raises:
+            ModelError: no such file, no safe or no fitting checkpoint, the name is taken, or PyTorch is not installed.
+        """
+        name = name or re.sub(r"[^a-z0-9.]+", "-", path.stem.lower()).strip("-.")
+        folder = self._folder(name)
+        if name in _TAKEN or folder.exists():
+            raise ModelError(
+                f"There is a model {name!r} already. Give another --name, or `beavervision models remove {name}` first."
+            )
+        source_hash = _sha256(path)
+        state = _read_checkpoint(path)
+        self._convert(state, folder, {"checkpoint": path.name, "sha256": source_hash})
+        return self.get(name)
+
+    def remove(self, name: str) -> None:
+        """Delete the imported model `name`."""
+        folder = self._folder(name)
+        if not folder.is_dir():
+            raise ModelError(f"There is no imported model {name!r}. `beavervision models` lists those there are.")
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise ModelError(f"{folder} cannot be removed: {error.strerror}.") from error
+
+    def _folder(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ModelError(f"{name!r} is no model name: use small letters, digits, dots and hyphens.")
+        return self._root / name
+
+    def _checked(self, stored: StoredModel, file: str) -> bytes:
+        try:
+            data = (stored.folder / file).read_bytes()
+        except OSError as error:
+            raise ModelError(f"{stored.folder / file} cannot be read: {error.strerror}.") from error
+        if hashlib.sha256(data).hexdigest() != stored.hashes.get(file):
+            name = stored.card.name
+            raise ModelError(
+                f"{stored.folder / file} is damaged: its hash is wrong. Remove it with "
+                f"`beavervision models remove {name}` and import it again."
+            )
+        return data
+
+    def _convert(self, state: dict[str, Tensor], folder: Path, facts: dict[str, str]) -> None:
+        from safetensors.torch import save
+
+        from beavervision.models.nets import wav2lip
+        from beavervision.models.nets.blocks import loaded, onnx_bytes
+
+        files = {
+            _WEIGHTS: save(state),
+            _ONNX: onnx_bytes(loaded(wav2lip.Wav2Lip, state), wav2lip.INPUTS, wav2lip.OUTPUTS),
+        }
+        card: dict[str, Any] = {
+            "model": WAV2LIP.name,
+            **facts,
+            "imported": datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence_weights": WAV2LIP.licence_weights,
+            "hashes": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+        }
+        files[_CARD] = json.dumps(card, indent=1).encode()
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".importing-", dir=self._root) as scratch:
+                whole = Path(scratch) / "model"
+                whole.mkdir()
+                for file, data in files.items():
+                    (whole / file).write_bytes(data)
+                whole.rename(folder)
+        except OSError as error:
+            raise ModelError(f"The model cannot be stored in {self._root}: {error.strerror}.") from error
+
+
+def wav2lip_session(model: bytes | Path, threads: int = 1, name: str = WAV2LIP.name) -> OnnxNet:
+    """The Wav2Lip generator from its ONNX form; takes mel (n, 1, 80, 16) and face (n, 6, 96, 96), float32."""
+    net = OnnxNet(model, threads=threads, name=name)
+    if net.inputs != ("mel", "face"):
+        raise ModelError(f"{name} is no Wav2Lip generator: its inputs are {', '.join(net.inputs)}.")
+    return net
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}. Give the path of a checkpoint.") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a Wav2Lip checkpoint by their published names, float32, all of them and no other."""
+    try:
+        import onnx  # noqa: F401  (PyTorch's exporter needs it)
+        import safetensors.torch  # noqa: F401  (before any work: the conversion needs it)
+        import torch
+
+        from beavervision.models.nets.blocks import shapes
+        from beavervision.models.nets.wav2lip import Wav2Lip
+    except ImportError as error:
+        raise ModelError(f"{path.name} cannot be imported. {INSTALL_TORCH}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
+            "Get it from its publisher again; do not load it with other tools."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path.name} is no PyTorch checkpoint, or is damaged. Get it again.") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ModelError(f"{path.name} holds no tensors by name; a Wav2Lip checkpoint is needed.")
+    found = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    for name, shape in shapes(Wav2Lip).items():
+        if name.endswith("num_batches_tracked"):
+            found.setdefault(name, torch.zeros((), dtype=torch.int64))
+        if name not in found or tuple(found[name].shape) != shape:
+            have = f"has shape {tuple(found[name].shape)}" if name in found else "is missing"
+            raise ModelError(f"{path.name} is no Wav2Lip generator: tensor {name} {have}; {shape} is needed.")
+    if extra := sorted(set(found) - set(shapes(Wav2Lip))):
+        raise ModelError(f"{path.name} is no Wav2Lip generator: it has an unknown tensor {extra[0]}.")
+    return {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
