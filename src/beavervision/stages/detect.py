@@ -1,0 +1,300 @@
+"""Find the chosen face in every picture and follow it: never an error for a picture, always a state.
+
+Tracking re-crops the mesh from its own last points and looks for the face anew only when it is lost or the shot changes.
+Points are smoothed over five pictures by a symmetric polynomial fit, which takes out jitter without lag, at
+the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from beavervision.errors import UsageError
+from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Picture, Reference, Region
+from beavervision.models.face import Crop, FaceNets
+from beavervision.models.mesh import OUTER_LIP, fit_pose, opening
+
+LOOK_AHEAD = 4  # pictures seen before one is let go
+_SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
+_MAX_YAW_DEG = 48.0
+_MAX_PITCH_DEG = 38.0
+_RETRY = 5  # a lost face is searched for in one of so many pictures
+_CUT_LEVEL = 22.0  # mean difference of luma thumbnails that makes a cut, if it also stands out of the last ones
+_CUT_RATIO = 4.0
+_OCCLUDED_LEVEL = 26.0  # sudden change of the colour around the mouth, in 8-bit steps, against that of the upper face
+_AROUND_MOUTH = np.concatenate([OUTER_LIP, [164, 18, 200, 199, 57, 287, 43, 273, 106, 335, 92, 322, 186, 410]])
+_UPPER_FACE = np.array([6, 197, 195, 5, 4, 151, 9, 117, 346, 50, 280, 101, 330])
+
+
+@dataclass(frozen=True, slots=True)
+class FaceChoice:
+    """Which face to use: the largest, the n-th from the left, the nearest to a place, or the one that speaks."""
+
+    index: int | None = None  # 0 is the leftmost
+    place: tuple[float, float] | None = None  # 0..1 of width and height
+    speaker: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> FaceChoice:
+        """From the command line: ``largest``, ``speaker``, ``left``, ``right``, ``center``, an index, or ``x,y`` in 0..1.
+
+        Raises:
+            UsageError: anything else.
+        """
+        named = {
+            "largest": cls(),
+            "speaker": cls(speaker=True),
+            "left": cls(place=(0.0, 0.5)),
+            "right": cls(place=(1.0, 0.5)),
+            "center": cls(place=(0.5, 0.5)),
+        }
+        if text in named:
+            return named[text]
+        try:
+            if "," in text:
+                x, y = (float(part) for part in text.split(","))
+                if 0 <= x <= 1 and 0 <= y <= 1:
+                    return cls(place=(x, y))
+            elif int(text) >= 0:
+                return cls(index=int(text))
+        except ValueError:
+            pass
+        raise UsageError(
+            f"--face {text!r}: give an index (0 is the leftmost), a place 'x,y' between 0 and 1, or one of {', '.join(named)}."
+        )
+
+    def pick(self, faces: Sequence[Face], width_px: int, height_px: int) -> Face | None:
+        """The chosen one of `faces`; for a speaker, who must be known from a survey, the largest."""
+        crops = [Crop.of_points(face.points_px) for face in faces]
+        order = range(len(faces))
+        if self.index is not None:
+            ordered = sorted(order, key=lambda i: crops[i].x_px)
+            return faces[ordered[self.index]] if self.index < len(ordered) else None
+        if not faces:
+            return None
+        if self.place is not None:
+            x, y = self.place[0] * width_px, self.place[1] * height_px
+            return faces[min(order, key=lambda i: float(np.hypot(crops[i].x_px - x, crops[i].y_px - y)))]
+        return faces[max(order, key=lambda i: crops[i].side_px)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """A first look at a source: the faces of the chosen person, and the choice made fast for the run that follows."""
+
+    choice: FaceChoice
+    references: tuple[Reference, ...]
+    faces_seen: int  # people, the chosen one included
+
+
+def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice) -> Survey:
+    """Look at some pictures of a source (a few a second) and tell who the chosen one is.
+
+    The speaker is the one whose mouth opening varies most. With no face in any of `pictures` the survey has no references.
+    """
+    people: list[list[Reference]] = []
+    last: list[Crop] = []
+    size = (1, 1)
+    for picture in pictures:
+        size = (picture.width_px, picture.height_px)
+        for face in faces_in(picture, nets):
+            crop = Crop.of_points(face.points_px)
+            region = Region.around(face.points_px, 0.12 * crop.side_px, *size)
+            if region is None:
+                continue
+            seen = Reference(region, picture.rgb(region), face)
+            overlaps = [crop.overlap(other) for other in last]
+            if overlaps and max(overlaps) > 0.2:
+                who = int(np.argmax(overlaps))
+                people[who].append(seen)
+                last[who] = crop
+            else:
+                people.append([seen])
+                last.append(crop)
+    if not people:
+        return Survey(choice, (), 0)
+    if choice.speaker:
+        moves = [float(np.std([opening(s.face.points_px) for s in p])) if len(p) > 2 else 0.0 for p in people]
+        chosen = people[int(np.argmax(moves))]
+        x, y = np.median([s.face.points_px[:, :2].mean(axis=0) for s in chosen], axis=0)
+        choice = FaceChoice(place=(float(x) / size[0], float(y) / size[1]))
+    else:
+        firsts = [p[0].face for p in people]
+        best = choice.pick(firsts, *size)
+        chosen = people[firsts.index(best)] if best is not None else []
+    return Survey(choice, tuple(chosen), len(people))
+
+
+def faces_in(picture: Picture, nets: FaceNets) -> tuple[Face, ...]:
+    """All faces of a picture that the mesh confirms, each once."""
+    faces: list[Face] = []
+    for detection in nets.detect(picture):
+        face = nets.face(picture, detection.crop, settle=2)
+        if face is not None:
+            crop = Crop.of_points(face.points_px)
+            if all(crop.overlap(Crop.of_points(other.points_px)) < 0.3 for other in faces):
+                faces.append(face)
+    return tuple(faces)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One picture on its way through the look-ahead."""
+
+    face: Face | None
+    state: FaceState
+    shot: int
+
+
+class Detect:
+    """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off (for live use)."""
+
+    name = "detect"
+
+    def __init__(self, nets: FaceNets, choice: FaceChoice | None = None, *, look_ahead: int = LOOK_AHEAD) -> None:
+        self._nets = nets
+        self._choice = choice or FaceChoice()
+        self._look_ahead = look_ahead
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        tracker = _Tracker(self._nets, self._choice)
+        waiting: deque[Clip] = deque()
+        seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
+        passed = 0  # how many of `seen` were let go
+        for clip in clips:
+            waiting.append(clip)
+            seen.extend(tracker.look(picture) for picture in clip.frames.pictures)
+            while waiting and len(seen) - passed >= len(waiting[0]) + self._look_ahead:
+                yield self._tracked(waiting.popleft(), seen, passed)
+                passed = self._forget(seen, passed + len(clip))
+        while waiting:
+            first = waiting.popleft()
+            yield self._tracked(first, seen, passed)
+            passed = self._forget(seen, passed + len(first))
+
+    def _forget(self, seen: deque[_Seen], passed: int) -> int:
+        while passed > self._look_ahead:
+            seen.popleft()
+            passed -= 1
+        return passed
+
+    def _tracked(self, clip: Clip, seen: deque[_Seen], passed: int) -> Clip:
+        window = list(seen)
+        span = range(passed, passed + len(clip))
+        track = FaceTrack(
+            faces=tuple(self._smoothed(window, i) for i in span),
+            states=tuple(window[i].state for i in span),
+            strength=np.array([self._strength(window, i) for i in span], np.float32),
+            shot=tuple(window[i].shot for i in span),
+        )
+        return replace(clip, track=track)
+
+    def _smoothed(self, window: list[_Seen], i: int) -> Face | None:
+        face = window[i].face
+        around = window[max(i - 2, 0) : i + 3]
+        if face is None or self._look_ahead < 2 or len(around) < 5 or i < 2:
+            return face
+        faces = [s.face for s in around if s.face is not None and s.shot == window[i].shot]
+        if len(faces) < 5 or all(f is face for f in faces):
+            return face
+        points = np.tensordot(_SAVGOL, np.stack([f.points_px for f in faces]), axes=1)
+        return replace(face, points_px=points.astype(np.float32))
+
+    def _strength(self, window: list[_Seen], i: int) -> float:
+        """1 where all is well, falling to 0 over the look-ahead towards a picture that must not be drawn on."""
+        if window[i].state is not FaceState.OK:
+            return 0.0
+        reach = self._look_ahead + 1
+        strength = 1.0
+        for step in range(1, reach):
+            for j in (i - step, i + step):
+                if 0 <= j < len(window) and window[j].shot == window[i].shot and window[j].state is not FaceState.OK:
+                    strength = min(strength, step / reach)
+        return strength
+
+
+class _Tracker:
+    """Follows one face from picture to picture; the state of one stream."""
+
+    def __init__(self, nets: FaceNets, choice: FaceChoice) -> None:
+        self._nets = nets
+        self._choice = choice
+        self._crop: Crop | None = None
+        self._last: tuple[Picture, _Seen] | None = None
+        self._thumbnail: F32 | None = None
+        self._change = 1.0  # running mean of the thumbnails' difference
+        self._shot = 0
+        self._missed = 0
+        self._colour: F32 | None = None  # of the mouth's surroundings against the upper face, running mean
+
+    def look(self, picture: Picture) -> _Seen:
+        if self._last is not None and self._last[0] is picture:
+            return self._last[1]
+        cut = self._is_cut(picture)
+        if cut:
+            self._shot += 1
+            self._crop, self._missed, self._colour = None, 0, None
+        face = self._find(picture)
+        missing = FaceState.CUT if cut else FaceState.LOST
+        state = self._judge(picture, face) if face is not None else missing
+        seen = _Seen(face, state, self._shot)
+        self._last = (picture, seen)
+        return seen
+
+    def _find(self, picture: Picture) -> Face | None:
+        if self._crop is not None:
+            face = self._nets.face(picture, self._crop)
+            if face is not None and _near(face, self._crop):
+                self._crop = Crop.of_points(face.points_px)
+                return face
+            self._crop, self._missed = None, 0
+        self._missed += 1
+        if self._missed % _RETRY != 1:
+            return None
+        face = self._choice.pick(faces_in(picture, self._nets), picture.width_px, picture.height_px)
+        if face is not None:
+            self._crop, self._missed = Crop.of_points(face.points_px), 0
+        return face
+
+    def _is_cut(self, picture: Picture) -> bool:
+        small = cv2.resize(picture.y, (64, 36), interpolation=cv2.INTER_AREA).astype(np.float32)
+        before, self._thumbnail = self._thumbnail, small
+        if before is None:
+            return False
+        change = float(np.abs(small - before).mean())
+        cut = change > _CUT_LEVEL and change > _CUT_RATIO * self._change
+        self._change += 0.2 * (min(change, _CUT_LEVEL) - self._change)
+        return cut
+
+    def _judge(self, picture: Picture, face: Face) -> FaceState:
+        pose = fit_pose(face.points_px)
+        if abs(pose.yaw_deg) > _MAX_YAW_DEG or abs(pose.pitch_deg) > _MAX_PITCH_DEG:
+            return FaceState.PROFILE
+        colour = _colour_at(picture, face.points_px, _AROUND_MOUTH) - _colour_at(picture, face.points_px, _UPPER_FACE)
+        if self._colour is None:
+            self._colour = colour
+        elif float(np.abs(colour - self._colour).max()) > _OCCLUDED_LEVEL:
+            # Let the mean follow slowly, so that a lasting change of light is not an occlusion for ever.
+            self._colour += 0.01 * (colour - self._colour)
+            return FaceState.OCCLUDED
+        self._colour = self._colour + 0.05 * (colour - self._colour)
+        return FaceState.OK
+
+
+def _near(face: Face, crop: Crop) -> bool:
+    """Whether a face is still about where its crop was: a farther jump is another face."""
+    dx, dy = face.points_px[:, :2].mean(axis=0) - (crop.x_px, crop.y_px)
+    return float(np.hypot(dx, dy)) < 0.35 * crop.side_px
+
+
+def _colour_at(picture: Picture, points_px: F32, which: np.ndarray) -> F32:
+    """The median Y, U, V under some of the points, (3,); points outside of the picture count at its edge."""
+    x = np.clip(points_px[which, 0].astype(int), 0, picture.width_px - 1)
+    y = np.clip(points_px[which, 1].astype(int), 0, picture.height_px - 1)
+    planes = (picture.y[y, x], picture.u[y // 2, x // 2], picture.v[y // 2, x // 2])
+    return np.array([np.median(p) for p in planes], np.float32)

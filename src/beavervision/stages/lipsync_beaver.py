@@ -1,0 +1,360 @@
+"""The default model: hear the speech as mouth motion, then draw that motion onto this face.
+
+Motion: a temporal network maps log-mel rows to coefficients of a learned basis of lower-face motion. Drawing: the face's own pixels
+are warped from where the points are to where they should be, at the picture's own sharpness; only the opening of the mouth is
+painted, by a small network that sees the warped surroundings and a reference mouth of the same person, never the old opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from beavervision.media import F32, U8, Clip, Face, Heard, Net, Patch, Picture, Profile, Reference, Region
+from beavervision.models import mesh
+from beavervision.models.basis import MotionBasis
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
+from beavervision.models.mesh import Pose, fit_pose
+
+MEL_PER_STEP = 2
+STEP = Fraction(1, 50)  # seconds of one motion step
+_GAP_STD = 0.07  # inner lip gap of an average speaker, standard deviation, in eye distances
+_AMPLITUDES = (0.75, 1.35)
+_FRONTAL_DEG = 35.0
+_GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
+_RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
+_PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
+_PAINT_SIZE = (96, 80)
+_PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
+_LOWER_MIDDLE = slice(14, 17)  # of mesh.INNER_LIP
+_MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is painted
+
+
+class BeaverSync:
+    """The lip-sync stage of the default model for one source.
+
+    motion takes log-mel rows (1, t, 64) and gives coefficients (1, n, k); painter takes (n, 12, 80, 96) and gives (n, 3, 80, 96),
+    both as in :mod:`beavervision.models.nets.beaver`.
+    """
+
+    name = "lipsync"
+
+    def __init__(self, motion: Net, painter: Net, basis: MotionBasis, profile: Profile) -> None:
+        self._motion = motion
+        self._painter = painter
+        self._basis = basis
+        self._profile = profile
+        self._reference = _ReferenceMouth.of(profile.references)
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        gate = 0.0
+        for clip in clips:
+            if clip.heard is None or clip.track is None:
+                raise ValueError("lip sync needs clips that were heard and tracked")
+            rate = clip.frames.rate
+            gates = np.empty(len(clip), np.float32)
+            for i, voice in enumerate(clip.heard.voice):
+                pace = _GATE_OPEN_S if voice > 0.5 else _GATE_CLOSE_S
+                gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
+                gates[i] = gate
+            motion = self._hear(clip.heard, clip.frames.start, len(clip), rate)
+            yield self._draw(clip, motion * (self._profile.amplitude * gates[:, None]))
+
+    def _hear(self, heard: Heard, start: int, count: int, rate: Fraction) -> F32:
+        """The coefficients (count, k) at the times of the pictures, between the network's steps linearly."""
+        times = np.array([float(Fraction(start + i) / rate / STEP) for i in range(count)])
+        first = int(np.floor(times[0]))
+        steps = int(np.ceil(times[-1])) - first + 1
+        begin = first * MEL_PER_STEP - LEFT_ROWS - heard.start
+        wanted = np.arange(begin, begin + steps * MEL_PER_STEP + EXTRA_ROWS)
+        rows = heard.rows[np.clip(wanted, 0, len(heard.rows) - 1)]
+        (out,) = self._motion(rows[None])
+        local = times - first
+        low = np.minimum(local.astype(int), steps - 1)
+        high = np.minimum(low + 1, steps - 1)
+        part = (local - low)[:, None].astype(np.float32)
+        return np.asarray(out[0, low] * (1 - part) + out[0, high] * part, np.float32)
+
+    def _draw(self, clip: Clip, motion: F32) -> Clip:
+        assert clip.track is not None
+        drawings: list[_Drawing | None] = []
+        for picture, face, strength, wanted in zip(
+            clip.frames.pictures, clip.track.faces, clip.track.strength, motion, strict=True
+        ):
+            shown = face is not None and strength > 0
+            drawings.append(self._warp(picture, face, wanted, float(strength)) if shown and face else None)
+        self._paint([d for d in drawings if d is not None])
+        return replace(
+            clip,
+            patches=tuple((d.patch(),) if d is not None else () for d in drawings),
+            opening=np.array([d.opening if d is not None else 0.0 for d in drawings], np.float32),
+        )
+
+    def _warp(self, picture: Picture, face: Face, wanted: F32, strength: float) -> _Drawing | None:
+        """Move the picture's own pixels; the opening is left for the painter."""
+        points = self._basis.points
+        pose = fit_pose(face.points_px)
+        has = self._basis.coefficients(pose.to_face(face.points_px)[points] - self._profile.rest[points])
+        move = pose.vector_to_picture(self._basis.displacement((wanted - has) * strength))
+        target = face.points_px.copy()
+        target[points] += move
+        _part_lips(target)
+        return _Drawing.of(picture, face.points_px, target, pose, strength)
+
+    def _paint(self, drawings: Sequence[_Drawing]) -> None:
+        open_ones = [d for d in drawings if d.hole_area() > _MIN_HOLE_PX]
+        if not open_ones:
+            return
+        inputs = np.stack([d.painter_input(self._reference) for d in open_ones])
+        (painted,) = self._painter(inputs)
+        for drawing, rgb in zip(open_ones, painted, strict=True):
+            drawing.fill(np.asarray(rgb, np.float32))
+
+
+def profile_of(references: Sequence[Reference], basis: MotionBasis) -> Profile:
+    """The profile of a person from some of their faces (one is enough).
+
+    The rest mouth is the mean of the most closed ones, closed; a moving source also tells the amplitude. The reference is
+    the most open frontal mouth.
+    """
+    if not references:
+        raise ValueError("a profile needs at least one face")
+    poses = [fit_pose(r.face.points_px) for r in references]
+    frontal = [i for i, p in enumerate(poses) if abs(p.yaw_deg) < _FRONTAL_DEG] or list(range(len(poses)))
+    faces = np.stack([poses[i].to_face(references[i].face.points_px) for i in frontal])
+    gaps = (faces[:, mesh.INNER_LOWER[2:7], 1] - faces[:, mesh.INNER_UPPER[2:7], 1]).mean(axis=1)
+    rest = faces[gaps <= np.quantile(gaps, 0.15)].mean(axis=0)
+    rest[basis.points] += basis.displacement(basis.closing(rest))
+    moves = len(frontal) >= 8 and gaps.std() > 0.25 * _GAP_STD
+    amplitude = float(np.clip(gaps.std() / _GAP_STD, *_AMPLITUDES)) if moves else 1.0
+    most_open = references[frontal[int(np.argmax(gaps))]]
+    return Profile(rest.astype(np.float32), amplitude, (most_open,) if gaps.max() > 0.02 else ())
+
+
+def _part_lips(points_px: F32) -> None:
+    """Where the lower lip came above the upper, let them meet halfway (in place)."""
+    upper, lower = points_px[mesh.INNER_UPPER], points_px[mesh.INNER_LOWER]
+    down = points_px[152, :2] - points_px[1, :2]
+    down /= max(float(np.linalg.norm(down)), 1e-6)
+    crossed = ((lower[:, :2] - upper[:, :2]) @ down) < 0
+    middle = (upper[crossed] + lower[crossed]) / 2
+    points_px[mesh.INNER_UPPER[crossed]] = middle
+    points_px[mesh.INNER_LOWER[crossed]] = middle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Topology:
+    """The triangles that the warp moves: the lower face, and a ring from the jaw line to a frame that stays."""
+
+    triangles: npt.NDArray[np.intp]  # (t, 3), into the mesh's points followed by the frame's
+    jaw: npt.NDArray[np.intp]
+
+
+@cache
+def _topology(points: tuple[int, ...]) -> _Topology:
+    lower = np.zeros(mesh.canonical().shape[0], bool)
+    lower[list(points)] = True
+    inner = np.isin(mesh.triangles(), mesh.INNER_LIP).all(axis=1)
+    of_mesh = mesh.triangles()[lower[mesh.triangles()].any(axis=1) & ~inner]
+    opening = mesh.triangles()[inner]
+    jaw = mesh.JAW
+    first = mesh.canonical().shape[0] + 10  # after the iris points
+    ring = []
+    for i in range(len(jaw) - 1):
+        a, b, c, d = int(jaw[i]), int(jaw[i + 1]), first + i, first + i + 1
+        ring += [(a, b, c), (b, d, c)]
+    # The frame first and the opening before the lips, so that where triangles overlap the face covers the frame.
+    return _Topology(np.concatenate([np.array(ring, np.intp), opening, of_mesh]), jaw)
+
+
+class _Drawing:
+    """One picture's lower face on its way: warped, then filled, then a patch."""
+
+    __slots__ = ("_hole", "_mask", "_pose", "_region", "_rgb", "_target", "opening")
+
+    def __init__(self, region: Region, rgb: U8, mask: U8, hole: F32, target: F32, pose: Pose) -> None:
+        self._region, self._rgb, self._mask, self._hole = region, rgb, mask, hole
+        self._target, self._pose = target, pose
+        self.opening = mesh.opening(target)
+
+    @classmethod
+    def of(cls, picture: Picture, source_px: F32, target_px: F32, pose: Pose, strength: float) -> _Drawing | None:
+        """Warp the lower face of `picture` so that `source_px` (478, 3) come to lie at `target_px`; None outside of it."""
+        topology = _topology(_LOWER_POINTS)
+        centre = source_px[[61, 291], :2].mean(axis=0)
+        frame = centre + _RING * (source_px[topology.jaw, :2] - centre)
+        source = np.concatenate([source_px[:, :2], frame])
+        target = np.concatenate([target_px[:, :2], frame])
+        used = np.unique(topology.triangles)
+        region = Region.around(np.concatenate([source[used], target[used]]), 4.0, picture.width_px, picture.height_px)
+        if region is None:
+            return None
+        origin = np.array([region.x_px, region.y_px], np.float32)
+        size = (region.width_px, region.height_px)
+        flow, mask = _flow(source - origin, target - origin, topology.triangles, size)
+        x = flow[..., 0] + np.arange(size[0], dtype=np.float32)
+        y = flow[..., 1] + np.arange(size[1], dtype=np.float32)[:, None]
+        rgb = cv2.remap(picture.rgb(region), x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
+        alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
+        return cls(region, np.asarray(rgb, np.uint8), alpha, hole, target_px, pose)
+
+    def hole_area(self) -> float:
+        """Of the opening, in pixels of the painter's crop."""
+        return float(self._hole.sum()) * (_PAINT_SCALE / self._pose.scale_px) ** 2
+
+    def _to_crop(self) -> F32:
+        matrix = _crop_matrix(self._pose)
+        matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px]
+        return matrix
+
+    def painter_input(self, reference: _ReferenceMouth) -> F32:
+        """(12, 80, 96): the blanked crop and the opening, the reference, and the reference moved with the jaw."""
+        crop = _view(self._rgb, self._to_crop())
+        lips = _apply(_crop_matrix(self._pose), self._target[mesh.INNER_LIP, :2])
+        hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
+        blank = cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01
+        crop[blank] = 0
+        on_jaw = reference.moved(lips[_LOWER_MIDDLE].mean(axis=0))
+        return np.concatenate([crop.transpose(2, 0, 1), hole[None], reference.layers, on_jaw])
+
+    def fill(self, painted: F32) -> None:
+        """Lay the painter's (3, 80, 96) into the opening."""
+        soft = max(0.6, self._pose.scale_px / 110)
+        x, y, width, height = cv2.boundingRect((self._hole > 0).astype(np.uint8))
+        reach = round(3 * soft)
+        x0, y0 = max(x - reach, 0), max(y - reach, 0)
+        box = np.s_[y0 : y + height + reach, x0 : x + width + reach]
+        alpha = cv2.GaussianBlur(self._hole[box], (0, 0), soft)[..., None]
+        to_crop = self._to_crop()
+        to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
+        inside = cv2.warpAffine(
+            np.ascontiguousarray(painted.transpose(1, 2, 0)),
+            _pixel_centres(to_crop),
+            alpha.shape[1::-1],
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        mixed = self._rgb[box] * (1 - alpha) + np.clip(inside, 0, 1) * 255 * alpha
+        self._rgb[box] = np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+
+    def patch(self) -> Patch:
+        return Patch(self._region, self._rgb, self._mask)
+
+
+def _flow(source: F32, target: F32, triangles: npt.NDArray[np.intp], size: tuple[int, int]) -> tuple[F32, F32]:
+    """For each pixel of (width, height) `size`, where to take it from, as an offset (h, w, 2); and the soft mask (h, w)."""
+    step = max(1, round(max(size) / 128))
+    small = (-(-size[0] // step), -(-size[1] // step))
+    moved = np.abs(source - target).max(axis=1) > 0.02
+    a, b, c = (target[triangles[:, i]].astype(np.float64) for i in range(3))
+    area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
+    kept = (np.abs(area) > 1e-3) & moved[triangles].any(axis=1)
+    number = np.zeros((small[1], small[0]), np.int32)
+    corners = np.round(np.stack([a, b, c], axis=1) * (16 / step) - 8).astype(np.int32)
+    for i in np.flatnonzero(kept):
+        cv2.fillConvexPoly(number, corners[i], int(i) + 1, lineType=cv2.LINE_8, shift=4)
+    # Affine offset of each triangle: offset(x, y) = gradient @ (x, y) + start, exact at its corners. Slivers have steep
+    # gradients, so that a pixel a little outside of one is held within the offsets of its corners.
+    a, b, c, area = a[kept], b[kept], c[kept], area[kept, None]
+    offset = (source - target).astype(np.float64)[triangles[kept]]
+    e1, e2 = offset[:, 1] - offset[:, 0], offset[:, 2] - offset[:, 0]
+    gx = (e1 * (c - a)[:, 1:] - e2 * (b - a)[:, 1:]) / area
+    gy = (e2 * (b - a)[:, :1] - e1 * (c - a)[:, :1]) / area
+    start = offset[:, 0] - gx * a[:, :1] - gy * a[:, 1:]
+    table = np.zeros((len(triangles) + 1, 10), np.float32)
+    table[1:][kept] = np.concatenate([gx, gy, start, offset.min(axis=1), offset.max(axis=1)], axis=1)
+    row = table[number]
+    x = ((np.arange(small[0], dtype=np.float32) + 0.5) * step)[:, None]
+    y = ((np.arange(small[1], dtype=np.float32) + 0.5) * step)[:, None, None]
+    flow: Any = np.clip(row[..., 0:2] * x + row[..., 2:4] * y + row[..., 4:6], row[..., 6:8], row[..., 8:10])
+    inside = (number > 0).astype(np.float32)
+    full = (small[0] * step, small[1] * step)
+    flow = cv2.resize(flow, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+    soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)), (0, 0), 1.5)
+    mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+    return np.asarray(flow, np.float32), np.asarray(mask, np.float32)
+
+
+def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> F32:
+    """Coverage 0..1 (h, w) of a polygon given in continuous coordinates, moved outwards by `grow_px`."""
+    if grow_px:
+        outward = points - points.mean(axis=0)
+        points = points + grow_px * outward / (np.linalg.norm(outward, axis=1, keepdims=True) + 1e-6)
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_AA, shift=4)
+    return mask.astype(np.float32) * np.float32(1 / 255)
+
+
+def _crop_matrix(pose: Pose) -> F32:
+    """(2, 3): picture pixels to the painter's crop, upright and at a fixed scale."""
+    turn = float(np.arctan2(pose.rotation[1, 0], pose.rotation[0, 0]))
+    scale = _PAINT_SCALE / pose.scale_px
+    cos, sin = np.cos(turn) * scale, np.sin(turn) * scale
+    linear = np.array([[cos, sin], [-sin, cos]], np.float32)
+    centre = pose.to_picture(_PAINT_CENTRE)[:2]
+    shift = np.array([_PAINT_SIZE[0] / 2, _PAINT_SIZE[1] / 2]) - linear @ centre
+    return np.hstack([linear, shift[:, None]]).astype(np.float32)
+
+
+def _apply(matrix: F32, points: F32) -> F32:
+    return np.asarray(points @ matrix[:, :2].T + matrix[:, 2], np.float32)
+
+
+def _pixel_centres(matrix: F32) -> F32:
+    """The same map between pixel indices instead of continuous coordinates (pixel i lies at i + 0.5)."""
+    shift = matrix[:, :2].sum(axis=1) * 0.5 + matrix[:, 2] - 0.5
+    return np.hstack([matrix[:, :2], shift[:, None]]).astype(np.float32)
+
+
+def _view(rgb: U8, matrix: F32) -> F32:
+    """The painter's crop (80, 96, 3), 0..1, of an image through `matrix` (continuous coordinates)."""
+    shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    if shrink < 0.6:
+        rgb = np.asarray(cv2.GaussianBlur(rgb, (0, 0), 0.35 / shrink), np.uint8)
+    view = cv2.warpAffine(
+        rgb, _pixel_centres(matrix), _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+    return view.astype(np.float32) * np.float32(1 / 255)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ReferenceMouth:
+    """The most open mouth known of the person: layers (4, 80, 96), the painter's crop and its opening; 0 without one."""
+
+    layers: F32
+    lower_lip: F32  # (2,), the middle of the lower inner lip in the crop
+
+    @classmethod
+    def of(cls, references: Sequence[Reference]) -> _ReferenceMouth:
+        if not references:
+            return cls(np.zeros((4, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32), np.zeros(2, np.float32))
+        reference = max(references, key=lambda r: mesh.opening(r.face.points_px))
+        matrix = _crop_matrix(fit_pose(reference.face.points_px))
+        lips = _apply(matrix, reference.face.points_px[mesh.INNER_LIP, :2])
+        local = matrix.copy()
+        local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
+        view = _view(reference.rgb, local).transpose(2, 0, 1)
+        return cls(np.concatenate([view, _polygon(lips, _PAINT_SIZE)[None]]), lips[_LOWER_MIDDLE].mean(axis=0))
+
+    def moved(self, lower_lip: F32) -> F32:
+        """The layers, moved so that the lower lip's middle comes to `lower_lip`."""
+        if not self.layers[3].any():
+            return self.layers
+        dx, dy = lower_lip - self.lower_lip
+        shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+        view = np.ascontiguousarray(self.layers[:3].transpose(1, 2, 0))
+        moved = cv2.warpAffine(view, shift, _PAINT_SIZE, borderMode=cv2.BORDER_REPLICATE)
+        hole = cv2.warpAffine(self.layers[3], shift, _PAINT_SIZE)
+        return np.concatenate([moved.transpose(2, 0, 1), hole[None]])
+
+
+# The points that the warp may move: everything below the nose in the canonical face.
+_LOWER_POINTS = tuple(int(i) for i in np.flatnonzero(mesh.canonical()[:, 1] > 0.55))

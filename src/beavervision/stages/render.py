@@ -1,0 +1,80 @@
+"""Put the drawn mouths into the pictures: matched to what surrounds them, under their masks, nothing else touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from beavervision.media import F32, Clip, Patch, Picture
+
+_PACE = 0.15  # of the running means, for each picture: corrections must not flicker
+_MAX_SHIFT = 24.0  # 8-bit steps of colour
+_MAX_SHARPEN = 1.5
+_RING_LOW, _RING_HIGH = 8, 200  # mask values that count as the seam
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Match:
+    """What makes a patch look like its surroundings."""
+
+    shift: F32  # (3,), added to RGB
+    sharpen: float  # gain of the detail
+
+    def toward(self, other: _Match) -> _Match:
+        shift = self.shift + _PACE * (other.shift - self.shift)
+        return _Match(shift, self.sharpen + _PACE * (other.sharpen - self.sharpen))
+
+
+class Render:
+    """The render stage. `match` corrects colour and sharpness at the seam; the running correction starts anew with each shot."""
+
+    name = "render"
+
+    def __init__(self, *, match: bool = True) -> None:
+        self._match = match
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        running: _Match | None = None
+        shot = -1
+        for clip in clips:
+            pictures = []
+            shots = clip.track.shot if clip.track is not None else (0,) * len(clip)
+            for picture, patches, now in zip(
+                clip.frames.pictures, clip.patches or ((),) * len(clip), shots, strict=True
+            ):
+                if now != shot:
+                    running, shot = None, now
+                if self._match and patches:
+                    found = _match_of(picture, patches[0])
+                    if found is not None:
+                        running = running.toward(found) if running is not None else found
+                    if running is not None:
+                        patches = tuple(_matched(patch, running) for patch in patches)
+                pictures.append(picture.painted(patches))
+            yield replace(clip, frames=replace(clip.frames, pictures=tuple(pictures)), patches=())
+
+
+def _match_of(picture: Picture, patch: Patch) -> _Match | None:
+    """Compare the patch with the picture where the mask passes from one to the other."""
+    ring = (patch.mask > _RING_LOW) & (patch.mask < _RING_HIGH)
+    if int(ring.sum()) < 32:
+        return None
+    source = picture.rgb(patch.region)
+    shift = source[ring].mean(axis=0, dtype=np.float64) - patch.rgb[ring].mean(axis=0, dtype=np.float64)
+    wide = cv2.dilate(ring.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    has = float(np.abs(cv2.Laplacian(patch.rgb[..., 1], cv2.CV_32F))[wide].mean())
+    wants = float(np.abs(cv2.Laplacian(source[..., 1], cv2.CV_32F))[wide].mean())
+    sharpen = float(np.clip(wants / max(has, 0.25) - 1, 0, _MAX_SHARPEN)) if wants > has * 1.1 else 0.0
+    return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT).astype(np.float32), sharpen)
+
+
+def _matched(patch: Patch, match: _Match) -> Patch:
+    if float(np.abs(match.shift).max()) < 0.5 and match.sharpen < 0.05:
+        return patch
+    rgb = patch.rgb.astype(np.float32) + match.shift
+    if match.sharpen >= 0.05:
+        rgb += match.sharpen * (rgb - cv2.GaussianBlur(rgb, (0, 0), 1.2))
+    return replace(patch, rgb=np.clip(rgb + 0.5, 0, 255).astype(np.uint8))

@@ -1,0 +1,123 @@
+"""Watch the finished pictures go by: the facts of the track for the report, and a contact sheet to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+
+from beavervision.errors import OutputError, UsageError
+from beavervision.media import U8, Clip, FaceState, Picture, Region
+
+_SHEET_TILES = 32
+_TILE_PX = 320
+
+
+@dataclass(slots=True)
+class Watch:
+    """Notes what passes; :meth:`facts` and :meth:`write_sheet` tell of it afterwards. For one run."""
+
+    name: ClassVar[str] = "watch"
+
+    rate: Fraction
+    _segments: list[tuple[FaceState, int, int]] = field(
+        default_factory=list
+    )  # state, first picture, one after the last
+    _opening: list[float] = field(default_factory=list)
+    _tiles: list[tuple[int, U8]] = field(default_factory=list)
+    _stride: int = 1
+    _cuts: int = 0
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        region: Region | None = None
+        for clip in clips:
+            track = clip.track
+            assert track is not None
+            for offset, (picture, face, state) in enumerate(
+                zip(clip.frames.pictures, track.faces, track.states, strict=True)
+            ):
+                number = clip.frames.start + offset
+                if self._segments and self._segments[-1][0] is state:
+                    self._segments[-1] = (state, self._segments[-1][1], number + 1)
+                else:
+                    self._segments.append((state, number, number + 1))
+                if number % self._stride == 0:
+                    if face is not None:
+                        side = float(np.ptp(face.points_px[:, 1]))
+                        region = Region.around(face.points_px, 0.15 * side, picture.width_px, picture.height_px)
+                    self._keep(number, picture, region)
+            if clip.opening is not None:
+                self._opening += [float(v) for v in clip.opening]
+            self._cuts = track.shot[-1]
+            yield clip
+
+    def _keep(self, number: int, picture: Picture, region: Region | None) -> None:
+        rgb = picture.rgb(region)
+        scale = min(1.0, _TILE_PX / rgb.shape[0])
+        self._tiles.append(
+            (number, np.asarray(cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)))
+        )
+        if len(self._tiles) > 2 * _SHEET_TILES:
+            self._stride *= 2
+            self._tiles = [tile for tile in self._tiles if tile[0] % self._stride == 0]
+
+    def facts(self) -> dict[str, Any]:
+        counts = dict.fromkeys((state.value for state in FaceState), 0)
+        for state, first, stop in self._segments:
+            counts[state.value] += stop - first
+        opening = np.array(self._opening or [0.0])
+        return {
+            "pictures": counts,
+            "cuts": self._cuts,
+            "not_drawn": [
+                {"state": s.value, "from_s": round(float(a / self.rate), 3), "to_s": round(float(b / self.rate), 3)}
+                for s, a, b in self._segments
+                if s is not FaceState.OK
+            ],
+            "mouth_opening": {
+                "median": round(float(np.median(opening)), 4),
+                "p95": round(float(np.quantile(opening, 0.95)), 4),
+            },
+        }
+
+    def write_sheet(self, path: Path) -> None:
+        """The contact sheet: the face over the run, each tile with its time."""
+        chosen = self._tiles[:: max(1, -(-len(self._tiles) // _SHEET_TILES))][:_SHEET_TILES]
+        height, width = max(t.shape[0] for _, t in chosen), max(t.shape[1] for _, t in chosen)
+        tiles = []
+        for number, rgb in chosen:
+            tile = np.zeros((height, width, 3), np.uint8)
+            tile[: rgb.shape[0], : rgb.shape[1]] = rgb
+            label = f"{float(number / self.rate):.2f} s"
+            cv2.putText(tile, label, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+            tiles.append(tile)
+        columns = min(8, len(tiles))
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+        rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+        _write_png(path, np.vstack(rows))
+
+
+def _write_png(path: Path, rgb: U8) -> None:
+    part = path.with_name(f".{path.name}.part.png")
+    try:
+        ok, data = cv2.imencode(".png", rgb[..., ::-1])
+        assert ok
+        part.write_bytes(data.tobytes())
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_sheet(path: Path) -> None:
+    """Raises UsageError or OutputError where no contact sheet can be written to `path`."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: a contact sheet is a picture; name it with .png.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} does not exist. Create it, or write elsewhere.")

@@ -1,0 +1,43 @@
+"""Pictures of the sample portrait for tests."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from io import BytesIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from beavervision.media import U8, Picture
+from beavervision.stages.decode import from_rgb
+
+
+@cache
+def portrait_rgb() -> U8:
+    """The sample portrait, (512, 512, 3)."""
+    data = files("beavervision").joinpath("samples/eileen_collins.png").read_bytes()
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+
+
+def moved(dx: float = 0.0, dy: float = 0.0, zoom: float = 1.0, turn_deg: float = 0.0) -> Picture:
+    """The portrait moved, zoomed and turned about the face's middle."""
+    matrix = cv2.getRotationMatrix2D((225, 130), turn_deg, zoom)
+    matrix[:, 2] += (dx, dy)
+    return from_rgb(
+        np.asarray(
+            cv2.warpAffine(portrait_rgb(), matrix, (512, 512), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), np.uint8
+        )
+    )
+
+
+def portrait() -> Picture:
+    return from_rgb(portrait_rgb())
+
+
+def empty(level: int = 90) -> Picture:
+    """A picture without a face, with some structure in it."""
+    y, x = np.mgrid[0:512, 0:512]
+    ramp = (level + 20 * np.sin(x / 40) + 20 * np.cos(y / 30)).astype(np.uint8)
+    return from_rgb(np.repeat(ramp[..., None], 3, axis=2))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+
+from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Heard, Picture, Profile, Reference
+from beavervision.models import mesh
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, load
+from beavervision.models.cards import BEAVER
+from beavervision.models.face import FaceNets
+from beavervision.speech import speak
+from beavervision.stages.detect import FaceChoice, survey
+from beavervision.stages.hear import LOG_MEL, Resampler
+from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
+from tests.faces import portrait
+
+RATE = Fraction(25)
+SILENCE = np.log(1e-5)
+
+
+@cache
+def files() -> Beaver:
+    return load()
+
+
+@cache
+def seen() -> tuple[Picture, Face, Profile, tuple[Reference, ...]]:
+    picture = portrait()
+    found = survey([picture], FaceNets(), FaceChoice())
+    return picture, found.references[0].face, profile_of(found.references, files().basis), found.references
+
+
+@cache
+def speech_rows() -> np.ndarray:
+    """Log-mel rows of a sentence, row 0 at time 0."""
+    (chunk,) = speak("Papa may move away, baby.")
+    ear = Resampler(chunk.audio.rate_hz)
+    pcm = np.concatenate([ear.push(chunk.audio.pcm), ear.end()])
+    return LOG_MEL.rows(pcm)
+
+
+def clips(rows: np.ndarray, count: int, voice: float = 1.0, strength: float = 1.0, block: int = 8) -> Iterator[Clip]:
+    picture, face, _, _ = seen()
+    pad = np.full((200, rows.shape[1]), SILENCE, np.float32)
+    around = np.concatenate([pad, rows, pad]).astype(np.float32)
+    for start in range(0, count, block):
+        n = min(block, count - start)
+        track = FaceTrack((face,) * n, (FaceState.OK,) * n, np.full(n, strength, np.float32), (0,) * n)
+        heard = Heard(around, -200, Fraction(1, 100), np.full(n, voice, np.float32))
+        yield Clip(Frames((picture,) * n, start, RATE), track, None, heard)
+
+
+def draw(clips_in: Iterator[Clip], profile: Profile | None = None) -> tuple[list[Clip], np.ndarray]:
+    f = files()
+    stage = BeaverSync(f.motion, f.painter, f.basis, profile or seen()[2])
+    out = list(stage(clips_in))
+    return out, np.concatenate([c.opening for c in out if c.opening is not None])
+
+
+def test_the_declared_context_covers_what_the_nets_hear() -> None:
+    timing = BEAVER.timing
+    assert timing is not None
+    assert timing.look_ahead_ms <= 160
+    after_ms = 10 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 12.5 + 20
+    picture_ms = 1000 / 60
+    assert after_ms <= timing.look_ahead_ms + picture_ms
+    assert timing.left_context_ms >= 10 * LEFT_ROWS + 20
+
+
+def test_speech_moves_the_mouth_and_silence_closes_it() -> None:
+    rows = speech_rows()
+    count = len(rows) * 25 // 100
+    _, speaking = draw(clips(rows, count))
+    assert speaking.max() > 0.08
+    assert speaking.std() > 0.02
+    _, silent = draw(clips(np.full((400, 64), SILENCE, np.float32), 50, voice=0.0))
+    assert silent[10:].max() < 0.03
+    assert silent[10:].std() < 0.004
+
+
+def test_without_voice_activity_the_mouth_stays_shut_whatever_the_sound() -> None:
+    rows = speech_rows()
+    _, gated = draw(clips(rows, len(rows) * 25 // 100, voice=0.0))
+    assert gated.max() < 0.03
+
+
+def test_the_same_motion_however_the_clips_are_cut() -> None:
+    rows = speech_rows()
+    _, eights = draw(clips(rows, 40))
+    _, threes = draw(clips(rows, 40, block=3))
+    assert np.allclose(eights, threes, atol=1e-4)
+
+
+def test_a_face_of_no_strength_is_left_alone() -> None:
+    out, _ = draw(clips(speech_rows(), 8, strength=0.0))
+    assert [c.patches for c in out] == [((),) * 8]
+
+
+def test_drawing_stays_between_the_eyes_and_the_neck() -> None:
+    picture, face, _, _ = seen()
+    out, opening = draw(clips(speech_rows(), 24))
+    widest = int(np.argmax(opening))
+    (patch,) = [p for c in out for p in c.patches][widest]
+    changed = np.abs(picture.painted((patch,)).y.astype(int) - picture.y) > 2
+    rows = np.flatnonzero(changed.any(axis=1))
+    nose, chin, eyelid = (face.points_px[i, 1] for i in (4, 152, 145))
+    assert rows.min() > eyelid
+    assert rows.max() < chin + 0.5 * (chin - nose)
+    assert changed.sum() > 300
+
+
+def test_the_rest_mouth_of_a_smile_is_closed() -> None:
+    picture, face, profile, _ = seen()
+    assert mesh.opening(face.points_px) > 0.12
+    assert mesh.opening(profile.rest) < 0.03
+
+
+def test_a_moving_source_tells_its_amplitude() -> None:
+    _, face, _, references = seen()
+    basis = files().basis
+    pose = mesh.fit_pose(face.points_px)
+
+    def opened(by: float) -> Reference:
+        points = face.points_px.copy()
+        move = basis.displacement(basis.closing(pose.to_face(face.points_px)) * (1 - by))
+        points[basis.points] += pose.vector_to_picture(move)
+        return Reference(references[0].region, references[0].rgb, Face(points, face.blendshapes, 1.0))
+
+    wild = profile_of([opened(by) for by in np.tile([0.0, 2.2], 5)], basis)
+    calm = profile_of([opened(by) for by in np.tile([0.0, 0.45], 5)], basis)
+    assert wild.amplitude > 1.1
+    assert calm.amplitude < 1.0
+    assert mesh.opening(wild.rest) < 0.03
+
+
+def test_a_profile_needs_a_face() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        profile_of([], files().basis)
+
+
+def test_basis_reads_back_what_it_moves() -> None:
+    basis = files().basis
+    rng = np.random.default_rng(1)
+    coefficients = rng.normal(size=(5, len(basis.shapes))).astype(np.float32)
+    assert np.allclose(basis.coefficients(basis.displacement(coefficients)), coefficients, atol=1e-2)

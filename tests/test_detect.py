@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from functools import cache
+
+import cv2
+import numpy as np
+import pytest
+
+from beavervision.errors import UsageError
+from beavervision.media import Clip, FaceState, FaceTrack, Frames, Picture
+from beavervision.models.face import FaceNets, blendshape_names
+from beavervision.models.mesh import OUTER_CORNERS, canonical, fit_pose
+from beavervision.stages.decode import from_rgb
+from beavervision.stages.detect import Detect, FaceChoice, survey
+from tests.faces import empty, moved, portrait, portrait_rgb
+
+
+@cache
+def nets() -> FaceNets:
+    return FaceNets()
+
+
+def clips(pictures: Iterable[Picture], block: int = 8) -> Iterator[Clip]:
+    held = list(pictures)
+    for start in range(0, len(held), block):
+        yield Clip(Frames(tuple(held[start : start + block]), start, Fraction(25)))
+
+
+def track(pictures: Iterable[Picture], choice: FaceChoice | None = None, look_ahead: int = 4) -> list[FaceTrack]:
+    out = list(Detect(nets(), choice, look_ahead=look_ahead)(clips(pictures)))
+    assert all(c.track is not None for c in out)
+    return [c.track for c in out if c.track is not None]
+
+
+def centres(tracks: list[FaceTrack]) -> np.ndarray:
+    faces = [face for t in tracks for face in t.faces]
+    assert all(face is not None for face in faces)
+    return np.array([face.points_px[:, :2].mean(axis=0) for face in faces if face is not None])
+
+
+def test_the_portrait_is_found_and_smiles() -> None:
+    (one,) = track([portrait()])
+    face = one.faces[0]
+    assert one.states == (FaceState.OK,)
+    assert face is not None
+    assert np.abs(face.points_px[OUTER_CORNERS].mean(axis=0)[:2] - (224, 141)).max() < 4
+    shapes = dict(zip(blendshape_names(), face.blendshapes, strict=True))
+    assert shapes["mouthSmileLeft"] > 0.6
+    assert shapes["eyeBlinkLeft"] < 0.3
+
+
+def test_pose_of_a_known_motion_is_recovered() -> None:
+    turn = cv2.Rodrigues(np.array([0.1, 0.3, -0.2]))[0]
+    points = np.zeros((478, 3), np.float32)
+    points[:468] = 80 * canonical() @ turn.T + [300, 200, 5]
+    pose = fit_pose(points)
+    assert np.allclose(pose.rotation, turn, atol=1e-3)
+    assert pose.scale_px == pytest.approx(80, rel=1e-3)
+    assert np.allclose(pose.to_face(points[:468]), canonical(), atol=1e-3)
+    assert pose.yaw_deg == pytest.approx(np.degrees(0.3), abs=3)
+
+
+def test_smoothing_lessens_jitter() -> None:
+    rng = np.random.default_rng(0)
+    still = portrait_rgb().astype(np.float32)
+    noisy = [from_rgb(np.clip(still + rng.normal(0, 6, still.shape), 0, 255).astype(np.uint8)) for _ in range(24)]
+    raw = centres(track(noisy, look_ahead=0))[4:-4]
+    smooth = centres(track(noisy))[4:-4]
+    assert np.diff(smooth, axis=0).std() < 0.75 * np.diff(raw, axis=0).std()
+    assert smooth.std(axis=0).max() < 0.25
+
+
+def test_smoothing_does_not_lag() -> None:
+    """A face that moves at a changing speed is where it is, not where it was."""
+    path = [12 * np.sin(i / 4) for i in range(32)]
+    found = centres(track([moved(dx=dx) for dx in path]))[:, 0]
+    truth = np.array(path) + (found - path).mean()
+    lags = {lag: np.abs(found[4:-4] - truth[4 + lag : len(truth) - 4 + lag]).mean() for lag in (-1, 0, 1)}
+    assert min(lags, key=lambda lag: lags[lag]) == 0
+    assert lags[0] < 0.35
+
+
+def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:
+    shown = [portrait()] * 10 + [empty(g) for g in (88, 89, 90, 91, 92, 93, 94, 95)] + [portrait()] * 10
+    tracks = track(shown)
+    states = [s for t in tracks for s in t.states]
+    strength = np.concatenate([t.strength for t in tracks])
+    assert len(states) == len(shown)
+    assert states[:10] == [FaceState.OK] * 10
+    assert set(states[10:18]) <= {FaceState.LOST, FaceState.CUT}
+    assert states[-6:] == [FaceState.OK] * 6
+    assert (strength[10:18] == 0).all()
+    assert strength[0] == 1
+    assert strength[-1] == 1
+
+
+def test_fading_is_gradual_within_a_shot() -> None:
+    """Without a cut (a face that leaves through the edge) the strength ramps down before and up after."""
+    path = [moved(dx=9 * i) for i in range(0, 38)]
+    tracks = track([*path, *reversed(path)])
+    strength = np.concatenate([t.strength for t in tracks])
+    states = [s for t in tracks for s in t.states]
+    gone = [i for i, s in enumerate(states) if s is not FaceState.OK]
+    assert gone, "the face must have left the picture"
+    assert 0 < strength[gone[0] - 1] < strength[gone[0] - 2] < 1
+    assert strength[gone] == pytest.approx(0)
+
+
+def test_a_cut_is_seen_and_the_next_shot_is_locked() -> None:
+    other = from_rgb(np.ascontiguousarray(255 - portrait_rgb()[:, ::-1] // 3))
+    flipped = from_rgb(np.ascontiguousarray(np.roll(portrait_rgb()[:, ::-1], 60, axis=1)))
+    tracks = track([portrait()] * 8 + [other] * 4 + [flipped] * 8)
+    shots = [n for t in tracks for n in t.shot]
+    assert shots[7] == 0
+    assert shots[8] == 1
+    assert shots[12] == 2
+    faces = [face for t in tracks for face in t.faces]
+    assert faces[-1] is not None
+    assert fit_pose(faces[-1].points_px).shift_px[0] > 300
+
+
+def two_faces(left: Picture, right: Picture) -> Picture:
+    return Picture(*(np.ascontiguousarray(np.hstack([a, b])) for a, b in zip((left.y, left.u, left.v), (right.y, right.u, right.v), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [("0", False), ("1", True), ("left", False), ("right", True), ("0.8,0.3", True), ("largest", True)]
+)
+def test_a_face_is_chosen_by_index_or_place(text: str, right: bool) -> None:
+    picture = two_faces(moved(zoom=0.8), moved(zoom=1.1))
+    (one,) = track([picture], FaceChoice.parse(text))
+    face = one.faces[0]
+    assert face is not None
+    assert bool(face.points_px[:, 0].mean() > 512) is right
+
+
+def test_the_speaker_is_the_one_whose_mouth_moves() -> None:
+    rgb = portrait_rgb().copy()
+    # Close the mouth of some pictures by hiding the teeth: skin over the lips' opening.
+    rgb[138:158, 205:245] = rgb[160:180, 205:245]
+    closed = from_rgb(rgb)
+    pictures = [two_faces(portrait(), closed if i % 2 else portrait()) for i in range(8)]
+    seen = survey(pictures, nets(), FaceChoice.parse("speaker"))
+    assert seen.faces_seen == 2
+    assert seen.choice.place is not None
+    assert seen.choice.place[0] > 0.5
+    assert all(r.face.points_px[:, 0].mean() > 512 for r in seen.references)
+
+
+def test_no_face_is_no_error() -> None:
+    tracks = track([empty()] * 9)
+    assert [f for t in tracks for f in t.faces] == [None] * 9
+    assert survey([empty()], nets(), FaceChoice()).references == ()
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5,0", "somebody", "0.2,x", "1,2,3"])
+def test_a_choice_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--face"):
+        FaceChoice.parse(text)
