@@ -1,0 +1,545 @@
+"""The one place where stages are wired: a face and words in, a video of that face saying them out.
+
+    from beavervision import lipsync
+    lipsync("portrait.png", "hello.mp4", text="Hello there.")
+
+:class:`Pipeline` holds the loaded networks and serves many runs, one after another or at once; :func:`lipsync` makes one for a single run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cv2
+
+from beavervision.engine.batcher import MicroBatcher
+from beavervision.engine.flow import Flow
+from beavervision.engine.host import cores
+from beavervision.engine.memory import MemoryBudget
+from beavervision.engine.placement import DevicePlan, Placement, StageCost, available_devices, plan, resolve
+from beavervision.errors import NoFaceError, TextError, UsageError
+from beavervision.media import Audio, Clip, Net, Picture, Stage, pictures_for
+from beavervision.metrics import RunReport, StageTimes
+from beavervision.models.beaver import load as load_beaver
+from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
+from beavervision.models.face import FaceNets
+from beavervision.models.runtime import OnnxNet
+from beavervision.models.store import ModelStore
+from beavervision.settings import Settings
+from beavervision.speech import CueReport, Speaker, SpeechChunk, parse_srt
+from beavervision.stages.decode import Decode, SourceInfo, audio_info, probe, read_audio, resample
+from beavervision.stages.detect import Detect, FaceChoice, Survey, survey
+from beavervision.stages.encode import Encode
+from beavervision.stages.hear import Hear
+from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
+from beavervision.stages.lipsync_wav2lip import Wav2LipSync
+from beavervision.stages.render import Render
+from beavervision.stages.watch import Watch, check_sheet
+
+Fit = Literal["loop", "trim", "freeze", "keep"]
+# Pictures done, and in all: an estimate while speech is synthesised, None while there is none.
+Progress = Callable[[int, int | None], None]
+
+SPEECH_HZ = 48_000  # synthetic speech is written at the rate that every player likes
+_BLOCK = 8  # pictures in a clip
+_SHARED_BATCH, _SHARED_DEADLINE_MS = 32, 4.0  # of networks that several runs share
+# What the stages cost for a 720p picture with `beavervision bench`, for the planning of devices and threads.
+_COSTS = {
+    "decode": StageCost(cpu_ms=3.0, max_threads=2),
+    "detect": StageCost(cpu_ms=11.0),
+    "hear": StageCost(cpu_ms=1.0),
+    "lipsync": StageCost(cpu_ms=9.0, gpu_ms=1.0, memory_mb=600),
+    "render": StageCost(cpu_ms=1.5),
+    "encode": StageCost(cpu_ms=15.0, max_threads=8),
+}
+_SURVEY_S = 8  # of the source are looked at first,
+_SURVEY_HZ = 4  # so many pictures a second,
+_SEARCH_HZ = 1  # and, where none of them has a face, so many in the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did; :meth:`as_dict` is ready for JSON. Times in `track` are seconds of the output."""
+
+    output: dict[str, Any]
+    source: dict[str, Any]
+    speech: dict[str, Any]
+    model: dict[str, Any]
+    track: dict[str, Any]
+    times: RunReport
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Pipeline:
+    """The loaded networks, ready for many runs. Safe to use from several threads.
+
+    Args:
+        model: ``beaver``, or the name of an imported model (see :class:`~beavervision.models.store.ModelStore`).
+        device: ``auto``, ``cpu``, ``cuda:0`` or a comma-separated list.
+        allow_non_commercial: accept weights that may not be used commercially.
+        settings: the other defaults; read from the environment if None.
+
+    Raises:
+        ModelError, LicenceError, DeviceError: the model cannot be loaded there.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        device: str | None = None,
+        allow_non_commercial: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = settings or Settings.load()
+        cv2.setNumThreads(1)
+        name = model or self.settings.model
+        devices = resolve(device or self.settings.device, available_devices())
+        threshold = self.settings.memory_threshold
+        self.plan: DevicePlan = plan(devices, _COSTS, self.settings.threads or cores(), threshold)
+        self.speaker = Speaker(threads=1)
+        self.budgets = tuple(MemoryBudget(d, threshold) for d in dict.fromkeys(("cpu", *self.plan["lipsync"].devices)))
+        self._voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
+        make = _MODELS.get(name, _Imported)
+        self._model: _Model = make(name, self.plan["lipsync"], self.settings.data_dir, allow_non_commercial)
+        for budget in self.budgets:
+            budget.on_pressure(self._model.net.halve)
+
+    @property
+    def card(self) -> ModelCard:
+        """The card of the lip-sync model in use."""
+        return self._model.card
+
+    def lipsync(
+        self,
+        source: Path | str,
+        out: Path | str,
+        *,
+        text: str | None = None,
+        audio: Path | str | None = None,
+        subtitles: Path | str | None = None,
+        voice: str | None = None,
+        language: str | None = None,
+        speed: float = 1.0,
+        pitch: float = 1.0,
+        seed: int = 0,
+        fit: Fit = "loop",
+        face: str = "largest",
+        keep_audio: float = 0.0,
+        sheet: Path | str | None = None,
+        on_progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Report:
+        """Write to `out` the face of `source` saying `text`, the sound of `audio`, or `subtitles` at their times.
+
+        Args:
+            source: a video or a still.
+            voice, language, speed, pitch, seed: of synthetic speech, as :meth:`beavervision.speech.Speaker.speak`.
+            fit: a picture shorter than the sound plays back and forth (``loop``) or holds its last frame (``freeze``), and a
+                longer one is cut; ``trim`` ends with the shorter of the two; ``keep`` keeps the picture's own length.
+            face: which face, as :meth:`beavervision.stages.detect.FaceChoice.parse`.
+            keep_audio: the level, 0 to 1, at which the source's own sound is mixed in.
+            sheet: where to write a contact sheet (PNG) as well.
+            cancel: setting it ends the run with Interrupted and leaves nothing behind.
+
+        Raises:
+            BeaverVisionError: its subclasses say what is wrong and what to do; no output is left then.
+        """
+        times = StageTimes()
+        notes: list[str] = []
+        if fit not in get_args(Fit):
+            raise UsageError(f"fit {fit!r}: use {', '.join(get_args(Fit))}.")
+        if not 0 <= keep_audio <= 1:
+            raise UsageError(f"keep_audio is a level between 0 and 1, not {keep_audio:g}.")
+        choice = FaceChoice.parse(face)
+        encode = Encode(self.settings.preset, self.settings.crf, threads=self.plan["encode"].threads).to(out)
+        if sheet is not None:
+            check_sheet(Path(sheet))
+        info = probe(source)
+        notes += info.notes
+        words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, notes.append)
+        nets = FaceNets()
+        seen = self._survey(info, nets, choice)
+        if seen.faces_seen > 1:
+            notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
+        background = None
+        if keep_audio:
+            background = _background(info, words, notes.append)
+        decode = Decode(
+            _BLOCK,
+            extend={"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit],  # type: ignore[arg-type]
+            on_note=notes.append,
+        )
+        watch = Watch(info.rate)
+
+        def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
+            return self._hear()(
+                clips,
+                words.blocks(),
+                background=background,
+                background_level=keep_audio,
+                keep_picture=fit == "keep" and info.kind == "video",  # a still has no length of its own
+                on_note=notes.append,
+            )
+
+        flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
+        flow = flow.then(Detect(nets, seen.choice)).then(_Named("hear", hear)).then(self._model.stage(seen))
+        flow = flow.then(Render()).then(watch).then(encode)
+        done = 0
+        with closing(iter(flow)) as clips:
+            for clip in clips:
+                done += len(clip)
+                if on_progress is not None:
+                    on_progress(done, _expected(fit, info, words))
+        if sheet is not None:
+            watch.write_sheet(Path(sheet))
+        return Report(
+            output={
+                "path": str(out),
+                "pictures": done,
+                "rate": str(info.rate),
+                "seconds": round(float(done / info.rate), 3),
+                "size_px": [info.width_px, info.height_px],
+            },
+            source=_source_facts(info),
+            speech=words.facts(),
+            model=self._model.facts(),
+            track=watch.facts(),
+            times=times.report(),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    def clips(self, clips: Iterable[Clip], audio: Iterable[Audio], *, face: str = "largest") -> Iterator[Clip]:
+        """Bring your own source and sink: clips with frames in, the same with drawn mouths and their sound out.
+
+        It ends with the sound or with the pictures, whichever is first. The first pictures are held back to look at the face.
+
+        Raises:
+            NoFaceError: the first pictures (about eight seconds) hold no face.
+        """
+        incoming = iter(clips)
+        first = list(itertools.islice(incoming, 4))
+        nets = FaceNets()
+        seen = survey([c.frames.pictures[0] for c in first], nets, FaceChoice.parse(face))
+        if not seen.references:
+            raise NoFaceError(
+                "There is no face in the first pictures. Begin with a picture that shows one from the front."
+            )
+        hear = self._hear()
+        stages: list[Stage] = [
+            Detect(nets, seen.choice),
+            _Named("hear", lambda heard: hear(heard, iter(audio))),
+            self._model.stage(seen),
+            Render(),
+        ]
+        flow = Flow(lambda: itertools.chain(first, incoming), guard=self._check_memory)
+        for stage in stages:
+            flow = flow.then(stage)
+        return iter(flow)
+
+    def _check_memory(self) -> None:
+        for budget in self.budgets:
+            budget.check()
+
+    def _hear(self) -> Hear:
+        timing = self._model.timing
+        return Hear(self._model.front_end, timing.left_context_ms, timing.look_ahead_ms, self._voice)
+
+    def _survey(self, info: SourceInfo, nets: FaceNets, choice: FaceChoice) -> Survey:
+        """Look at the first seconds; where they hold no face, at the rest."""
+        if info.kind == "still":
+            pictures = itertools.islice(_pictures(info), 1)
+            seen = survey(pictures, nets, choice)
+        else:
+            fast = max(1, round(info.rate / _SURVEY_HZ))
+            count = int(_SURVEY_S * info.rate)
+            with closing(_pictures(info)) as all_pictures:
+                seen = survey(itertools.islice(all_pictures, 0, count, fast), nets, choice)
+                slow = max(1, round(info.rate / _SEARCH_HZ))
+                while not seen.references:
+                    picture = next(itertools.islice(all_pictures, slow - 1, None), None)
+                    if picture is None:
+                        break
+                    seen = survey([picture], nets, choice)
+        if not seen.references:
+            raise NoFaceError(
+                f"{info.path}: no face was found. Use a picture that shows a face from the front, at least 30 pixels wide"
+                + (", or another --face." if seen.faces_seen else ".")
+            )
+        return seen
+
+    def _words(
+        self,
+        text: str | None,
+        audio: Path | str | None,
+        subtitles: Path | str | None,
+        voice: str | None,
+        language: str | None,
+        speed: float,
+        pitch: float,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> _Words:
+        given = [
+            name for name, value in (("text", text), ("audio", audio), ("subtitles", subtitles)) if value is not None
+        ]
+        if len(given) != 1:
+            raise UsageError(
+                "Say what the face should speak: exactly one of text, audio or subtitles"
+                + (f", not {' and '.join(given)}." if given else ".")
+            )
+        if audio is not None:
+            return _Recorded(Path(audio))
+        chosen = self.speaker.voice(*self.settings.voice_for(voice, language))
+        how: dict[str, Any] = {"voice": chosen.name, "speed": speed, "pitch": pitch, "seed": seed}
+        facts = {"voice": chosen.name, "language": chosen.language, "engine": chosen.engine, "licence": chosen.licence}
+        if subtitles is not None:
+            cues: list[CueReport] = []
+            parsed = parse_srt(Path(subtitles))
+            chunks = self.speaker.speak_cues(parsed, on_report=cues.append, **how)
+            return _Synthetic("subtitles", chunks, facts, note, until_ms=parsed[-1].end_ms, cues=cues)
+        if text is None or not text.strip():
+            raise TextError("The text is empty. Give at least one word.")
+        return _Synthetic("text", self.speaker.speak(text, **how), facts, note, characters=len(text))
+
+
+def lipsync(
+    source: Path | str, out: Path | str, *, model: str | None = None, device: str | None = None, **options: Any
+) -> Report:
+    """One run with networks of its own; the options are those of :meth:`Pipeline.lipsync` and `allow_non_commercial`."""
+    allow = bool(options.pop("allow_non_commercial", False))
+    return Pipeline(model, device=device, allow_non_commercial=allow).lipsync(source, out, **options)
+
+
+# Lip-sync models ---------------------------------------------------------------------------------
+
+
+class _Model:
+    """A loaded lip-sync model: what it must hear, and its stage for a source that was looked at."""
+
+    card: ModelCard
+    front_end: str
+    timing: Timing
+    net: MicroBatcher  # the network that runs share
+
+    def stage(self, seen: Survey) -> Stage:
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        hashes = {name: data_hashes()[name] for name in self.card.files}
+        return {
+            "name": self.card.name,
+            "licence_weights": self.card.licence_weights,
+            "sha256": hashes or self.card.sha256,
+        }
+
+
+class _Beaver(_Model):
+    card = BEAVER
+    front_end = "logmel"
+
+    def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
+        self._files = load_beaver(where.devices[0], threads=where.threads)
+        self.timing = self._files.timing
+        self.net = _shared(self._files.painter, "painter")
+
+    def stage(self, seen: Survey) -> Stage:
+        files = self._files
+        profile = profile_of(seen.references, files.basis)
+        return BeaverSync(files.motion, self.net, files.basis, profile)
+
+
+class _Imported(_Model):
+    """A Wav2Lip checkpoint of the user's."""
+
+    front_end = Wav2LipSync.front_end
+
+    def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
+        store = ModelStore(data_dir)
+        net = store.open(
+            name, allow_non_commercial=allow_non_commercial, device=where.devices[0], threads=where.threads
+        )
+        self.card = store.get(name).card
+        assert Wav2LipSync.timing is not None
+        self.timing = Wav2LipSync.timing
+        self.net = _shared(net, name)
+
+    def stage(self, seen: Survey) -> Stage:
+        return Wav2LipSync(self.net)
+
+
+def _shared(net: Net, name: str) -> MicroBatcher:
+    return MicroBatcher(net, _SHARED_BATCH, _SHARED_DEADLINE_MS, name=name)
+
+
+_MODELS: dict[str, type[_Beaver]] = {BEAVER.name: _Beaver}
+
+
+# What is said ------------------------------------------------------------------------------------
+
+
+class _Words:
+    """The sound of a run: blocks as the flow asks for them, and how much of it is known."""
+
+    rate_hz: int
+    channels: int
+
+    def __init__(self) -> None:
+        self._samples: int | None = None
+
+    def blocks(self) -> Iterator[Audio]:
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pictures(self, rate: Fraction) -> int | None:
+        """How many pictures the sound needs: estimated while it is synthesised, None while nothing is known."""
+        samples = self._estimate() if self._samples is None else self._samples
+        return None if samples is None else pictures_for(samples, rate, self.rate_hz)
+
+    def _estimate(self) -> int | None:
+        return None
+
+
+class _Recorded(_Words):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        stream = audio_info(path)
+        self.rate_hz, self.channels = stream.rate_hz, stream.channels
+        if stream.duration is not None:
+            self._samples = int(stream.duration * stream.rate_hz)
+
+    def blocks(self) -> Iterator[Audio]:
+        samples = 0
+        for block in read_audio(self._path):
+            samples += block.samples
+            yield block
+        self._samples = samples
+
+    def facts(self) -> dict[str, Any]:
+        seconds = None if self._samples is None else round(self._samples / self.rate_hz, 3)
+        return {
+            "kind": "audio",
+            "path": str(self._path),
+            "seconds": seconds,
+            "rate_hz": self.rate_hz,
+            "channels": self.channels,
+        }
+
+
+class _Synthetic(_Words):
+    rate_hz = SPEECH_HZ
+    channels = 1
+
+    def __init__(
+        self,
+        kind: str,
+        chunks: Iterator[SpeechChunk],
+        facts: dict[str, Any],
+        note: Callable[[str], None],
+        *,
+        characters: int = 0,
+        until_ms: int = 0,
+        cues: list[CueReport] | None = None,
+    ) -> None:
+        """`characters` (of a text) or `until_ms` (of subtitles) serve the estimate of the length."""
+        super().__init__()
+        self._kind = kind
+        self._chunks = chunks
+        self._facts = facts
+        self._note = note
+        self._characters = characters
+        self._until_ms = until_ms
+        self._cues = cues
+        self._said = (0, 0.0)  # characters, seconds
+
+    def blocks(self) -> Iterator[Audio]:
+        samples = 0
+        for block in resample(self._audio(), SPEECH_HZ):
+            samples += block.samples
+            yield block
+        self._samples = samples
+
+    def _audio(self) -> Iterator[Audio]:
+        for chunk in self._chunks:
+            if chunk.dropped:
+                self._note(f"The voice cannot say {chunk.dropped!r}; left out.")
+            characters, seconds = self._said
+            self._said = (characters + len(chunk.text), seconds + chunk.audio.seconds)
+            yield chunk.audio
+
+    def _estimate(self) -> int | None:
+        characters, seconds = self._said
+        if self._until_ms:
+            seconds = max(seconds, self._until_ms / 1000)
+        elif characters:
+            seconds *= max(1.0, self._characters / characters)
+        return round(seconds * self.rate_hz) or None
+
+    def facts(self) -> dict[str, Any]:
+        seconds = None if self._samples is None else round(self._samples / self.rate_hz, 3)
+        facts = {"kind": self._kind, **self._facts, "seconds": seconds}
+        if self._cues is not None:
+            names = CueReport.__slots__
+            facts["cues"] = [{name: getattr(cue, name) for name in names} for cue in self._cues]
+        return facts
+
+
+def _expected(fit: Fit, info: SourceInfo, words: _Words) -> int | None:
+    """How many pictures a run will have, as far as that is known."""
+    said = words.pictures(info.rate)
+    if fit in ("loop", "freeze") or info.frames is None:
+        return said
+    return info.frames if fit == "keep" or said is None else min(said, info.frames)
+
+
+def _background(info: SourceInfo, words: _Words, note: Callable[[str], None]) -> Iterator[Audio] | None:
+    if not info.has_audio:
+        note("The source has no sound of its own to keep.")
+        return None
+    return resample(read_audio(info.path), words.rate_hz, words.channels)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A function as a stage."""
+
+    name: str
+    run: Callable[[Iterator[Clip]], Iterator[Clip]]
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        return self.run(clips)
+
+
+def _pictures(info: SourceInfo) -> Generator[Picture, None, None]:
+    for clip in Decode(1, extend="none")(info):
+        yield from clip.frames.pictures
+
+
+def _source_facts(info: SourceInfo) -> dict[str, Any]:
+    return {
+        "path": str(info.path),
+        "kind": info.kind,
+        "codec": info.codec,
+        "size_px": [info.width_px, info.height_px],
+        "rate": str(info.rate),
+        "rate_note": info.rate_note,
+        "rotation_deg": info.rotation_deg,
+        "frames": info.frames,
+        "audio_streams": len(info.audio),
+    }
