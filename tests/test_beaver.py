@@ -114,7 +114,7 @@ def test_drawing_stays_between_the_eyes_and_the_neck() -> None:
 
 
 def test_the_rest_mouth_of_a_smile_is_closed() -> None:
-    picture, face, profile, _ = seen()
+    _, face, profile, _ = seen()
     assert mesh.opening(face.points_px) > 0.12
     assert mesh.opening(profile.rest) < 0.03
 

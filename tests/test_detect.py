@@ -98,7 +98,7 @@ def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:
 
 def test_fading_is_gradual_within_a_shot() -> None:
     """Without a cut (a face that leaves through the edge) the strength ramps down before and up after."""
-    path = [moved(dx=9 * i) for i in range(0, 38)]
+    path = [moved(dx=9 * i) for i in range(38)]
     tracks = track([*path, *reversed(path)])
     strength = np.concatenate([t.strength for t in tracks])
     states = [s for t in tracks for s in t.states]
@@ -122,11 +122,17 @@ def test_a_cut_is_seen_and_the_next_shot_is_locked() -> None:
 
 
 def two_faces(left: Picture, right: Picture) -> Picture:
-    return Picture(*(np.ascontiguousarray(np.hstack([a, b])) for a, b in zip((left.y, left.u, left.v), (right.y, right.u, right.v), strict=True)))
+    return Picture(
+        *(
+            np.ascontiguousarray(np.hstack([a, b]))
+            for a, b in zip((left.y, left.u, left.v), (right.y, right.u, right.v), strict=True)
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "right"), [("0", False), ("1", True), ("left", False), ("right", True), ("0.8,0.3", True), ("largest", True)]
+    ("text", "right"),
+    [("0", False), ("1", True), ("left", False), ("right", True), ("0.8,0.3", True), ("largest", True)],
 )
 def test_a_face_is_chosen_by_index_or_place(text: str, right: bool) -> None:
     picture = two_faces(moved(zoom=0.8), moved(zoom=1.1))

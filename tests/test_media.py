@@ -28,7 +28,7 @@ def test_colour_maps_are_inverse_and_grey_stays_grey(matrix: Matrix, full_range:
     color = Color(matrix, full_range)
     forward, back = (np.vstack([m, [0, 0, 0, 1]]) for m in (color.to_rgb(), color.to_yuv()))
     assert np.allclose(forward @ back, np.eye(4), atol=1e-4)
-    black, white = ((0, 255) if full_range else (16, 235))
+    black, white = (0, 255) if full_range else (16, 235)
     assert np.allclose(color.to_rgb() @ [black, 128, 128, 1], 0, atol=1e-3)
     assert np.allclose(color.to_rgb() @ [white, 128, 128, 1], 255, atol=1e-3)
 

@@ -3,7 +3,8 @@
     from beavervision import lipsync
     lipsync("portrait.png", "hello.mp4", text="Hello there.")
 
-:class:`Pipeline` holds the loaded networks and serves many runs, one after another or at once; :func:`lipsync` makes one for a single run.
+:class:`Pipeline` holds the loaded networks and serves many runs, one after another or at once; :func:`lipsync` makes one
+for a single run.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Pipeline:
         self.settings = settings or Settings.load()
         cv2.setNumThreads(1)
         name = model or self.settings.model
-        devices = resolve(device or self.settings.device, available_devices())
+        wanted = device or self.settings.device
+        devices = resolve(wanted, available_devices(gpus=wanted != "cpu"))
         threshold = self.settings.memory_threshold
         self.plan: DevicePlan = plan(devices, _COSTS, self.settings.threads or cores(), threshold)
         self.speaker = Speaker(threads=1)

@@ -148,9 +148,11 @@ def _partition(
     return {stage: tuple(gpus[g].name for g in used) for stage, used in zip(stages, cut[2], strict=True)}
 
 
-def available_devices() -> tuple[Device, ...]:
-    """The CPU and, where torch is installed and finds a driver, its GPUs."""
+def available_devices(*, gpus: bool = True) -> tuple[Device, ...]:
+    """The CPU and, where torch is installed and finds a driver, its GPUs (looking takes seconds: `gpus` False does not)."""
     found = [Device("cpu", memory_total_bytes() // _MIB)]
+    if not gpus:
+        return tuple(found)
     try:
         import torch  # an extra: not part of the default install
     except ImportError:

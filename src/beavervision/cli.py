@@ -1,0 +1,693 @@
+"""The command line: ``beavervision COMMAND``.
+
+Results go to standard output, progress and errors to standard error. With ``--json`` a command prints one JSON document on
+standard output and nothing else there, for an error too: ``{"error": {"code": ..., "message": ...}}``. Exit codes are those
+of :mod:`beavervision.errors`.
+
+What loads codecs or networks is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from beavervision.errors import (
+    BeaverVisionError,
+    DeviceError,
+    InputError,
+    Interrupted,
+    OutputError,
+    TextError,
+    UsageError,
+)
+from beavervision.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from beavervision.models.cards import ModelCard
+    from beavervision.pipeline import Report
+    from beavervision.speech import SpeechChunk
+
+_TEXT_BYTES = 1 << 20  # of a text file; a voice refuses less
+_LINE_S = 10  # between two lines of progress where there is no terminal
+_SIGPIPE_EXIT = 128 + 13
+# Its base class for wrong options, whichever version of click it brings.
+_ClickError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="beavervision",
+    help="Give a face speech: text or sound plus a face in, a video of that face saying it out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="List the models with their licences and hashes; add or remove your own.")
+app.add_typer(models_app, name="models")
+
+# Options that several commands share -------------------------------------------------------------
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Voice = Annotated[str | None, typer.Option(help="A voice, as `beavervision voices` lists them.")]
+Language = Annotated[str | None, typer.Option(help="The language of the text, such as en-us or fr.")]
+Speed = Annotated[float, typer.Option(help="How fast to speak: a factor from 0.5 to 2.")]
+Pitch = Annotated[float, typer.Option(help="How high to speak: a factor from 0.5 to 2.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same voice, to the sample.")]
+Model = Annotated[str | None, typer.Option(help="The lip-sync model, as `beavervision models` lists them.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, or several with commas between.")]
+NonCommercial = Annotated[
+    bool, typer.Option("--allow-non-commercial", help="My use is not commercial: run models that forbid such use.")
+]
+Preset = Annotated[str | None, typer.Option(help="Speed of the H.264 encoder, from ultrafast to veryslow.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            print(f"beavervision {metadata.version('beavervision')}")
+        except metadata.PackageNotFoundError:
+            print("beavervision, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _beavervision(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # the first is done by its callback, the second by main()
+
+
+# Commands ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def lipsync(
+    source: Annotated[Path, typer.Argument(metavar="FACE", help="A video or a picture of the face.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The video to write: mp4, mov, mkv or webm.")],
+    text: Annotated[str | None, typer.Option(help="What to say.")] = None,
+    text_file: Annotated[Path | None, typer.Option(help="A text file (UTF-8) to say; - is standard input.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Recorded speech to follow: a sound file or a video.")] = None,
+    subtitles: Annotated[Path | None, typer.Option(help="Subtitles (SRT or WebVTT) to say, each at its time.")] = None,
+    voice: Voice = None,
+    language: Language = None,
+    speed: Speed = 1.0,
+    pitch: Pitch = 1.0,
+    seed: Seed = 0,
+    model: Model = None,
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="If picture and sound differ in length: loop plays a short picture back and forth, freeze holds its last "
+            "frame, trim ends with the shorter of the two, keep keeps the picture's length."
+        ),
+    ] = "loop",
+    face: Annotated[
+        str, typer.Option(help="Which face: largest, speaker, left, right, center, a number from 0 (left), or x,y.")
+    ] = "largest",
+    keep_audio: Annotated[
+        float, typer.Option(help="How loud to mix in the source's own sound: a level from 0 to 1.")
+    ] = 0.0,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    preset: Preset = None,
+    crf: Annotated[int | None, typer.Option(help="Quality of the video: 0 is best, 51 worst.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write what was done, and how fast, to this JSON file.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of the result to this PNG file.")] = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a face say a text, subtitles or recorded speech."""
+    words = {"--text": text, "--text-file": text_file, "--audio": audio, "--subtitles": subtitles}
+    given = [name for name, value in words.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            f"Say what to speak: exactly one of {', '.join(words)}"
+            + (f", not {' and '.join(given)}." if given else ".")
+        )
+    _check_apart([source, text_file, audio, subtitles], [out, report, sheet])
+    for path in (report, sheet):
+        _check_place(path)
+    settings = Settings.load()
+    settings = replace(settings, preset=preset or settings.preset, crf=settings.crf if crf is None else crf)
+    if text_file is not None:
+        text = _read_text(text_file)
+
+    from beavervision.pipeline import Pipeline
+
+    pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial, settings=settings)
+    with _progress(quiet) as told:
+        done = pipeline.lipsync(
+            source,
+            out,
+            text=text,
+            audio=audio,
+            subtitles=subtitles,
+            voice=voice,
+            language=language,
+            speed=speed,
+            pitch=pitch,
+            seed=seed,
+            fit=fit,  # type: ignore[arg-type]  # checked there
+            face=face,
+            keep_audio=keep_audio,
+            sheet=sheet,
+            on_progress=told,
+        )
+    if report is not None:
+        _write_json(report, done.as_dict())
+    _show(as_json, done.as_dict(), _told_of(done))
+
+
+@app.command()
+def say(
+    text: Annotated[str, typer.Argument(help="What to say; - reads standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The WAV file to write.")],
+    phones: Annotated[Path | None, typer.Option(help="Write the times of the speech sounds to this JSON file.")] = None,
+    voice: Voice = None,
+    language: Language = None,
+    speed: Speed = 1.0,
+    pitch: Pitch = 1.0,
+    seed: Seed = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Speak a text into a sound file."""
+    _check_apart([], [out, phones])
+    for path in (out, phones):
+        _check_place(path)
+    if text == "-":
+        text = _read_text(Path("-"))
+
+    from beavervision.speech import Speaker, write_wav
+
+    speaker = Speaker()
+    chosen = speaker.voice(*Settings.load().voice_for(voice, language))
+    made: list[dict[str, Any]] = []
+    dropped: list[str] = []
+
+    def noted(chunks: Iterator[SpeechChunk]) -> Iterator[SpeechChunk]:
+        for chunk in chunks:
+            made.extend(asdict(phone) for phone in chunk.phones)
+            dropped.extend(chunk.dropped)
+            yield chunk
+
+    samples = write_wav(noted(speaker.speak(text, voice=chosen.name, speed=speed, pitch=pitch, seed=seed)), out)
+    facts = {
+        "path": str(out),
+        "voice": chosen.name,
+        "language": chosen.language,
+        "licence": chosen.licence,
+        "rate_hz": chosen.rate_hz,
+        "samples": samples,
+        "seconds": round(samples / chosen.rate_hz, 3),
+        "left_out": "".join(dict.fromkeys(dropped)),
+        "timing": chosen.timing.value,
+    }
+    if phones is not None:
+        _write_json(phones, {**facts, "phones": made})
+    lines = [f"{out}: {facts['seconds']} s, voice {chosen.name} ({chosen.language})"]
+    if dropped:
+        lines.append(f"Note: the voice cannot say {facts['left_out']!r}; left out.")
+    _show(as_json, facts, lines)
+
+
+@app.command()
+def voices(
+    language: Annotated[str | None, typer.Option(help="Only voices of this language, such as en or pt-br.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the voices, and what those need that do not work here."""
+    from beavervision.speech import Speaker
+
+    speaker = Speaker()
+    tag = (language or "").lower().replace("_", "-")
+    found = [v for v in speaker.voices() if not tag or v.language == tag or v.language.startswith(f"{tag}-")]
+    missing = speaker.missing()
+    rows = [(v.name, v.language, v.engine, v.gender, v.licence, "needs more" if v.unavailable else "ok") for v in found]
+    lines = _table(("voice", "language", "engine", "gender", "licence", "state"), rows)
+    lines += dict.fromkeys(f"{v.engine}: {v.unavailable}" for v in found if v.unavailable and v.engine not in missing)
+    lines += [f"{engine}: {reason}" for engine, reason in missing.items()]
+    if not found:
+        lines = [f"There is no voice for {language!r} here.", *lines[1:]]
+    _show(as_json, {"voices": [asdict(v) for v in found], "missing": missing}, lines)
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List the models with their licences and hashes; add or remove your own."""
+    if context.invoked_subcommand is not None:
+        return
+    from beavervision.models.cards import CARDS
+    from beavervision.models.store import ModelStore
+
+    settings = Settings.load()
+    stored = ModelStore(settings.data_dir).list()
+    facts = [{**_card_facts(card), "imported": None} for card in CARDS]
+    facts += [{**_card_facts(m.card), "imported": m.imported, "folder": str(m.folder)} for m in stored]
+    rows = [
+        (
+            fact["name"],
+            fact["kind"],
+            fact["licence_weights"],
+            "not bundled"
+            if fact["name"] == "wav2lip" and not fact["imported"]
+            else "imported"
+            if fact["imported"]
+            else "ok",
+            (fact["sha256"] or "")[:12],
+            fact["summary"],
+        )
+        for fact in facts
+    ]
+    _show(as_json, {"models": facts}, _table(("model", "kind", "licence", "state", "sha256", ""), rows))
+
+
+@models_app.command("add")
+def models_add(
+    file: Annotated[Path, typer.Argument(help="A Wav2Lip checkpoint (.pth).")],
+    name: Annotated[str | None, typer.Option(help="What to call it; by default as the file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Import a checkpoint of your own. No code in it is run; needs the extra gpu."""
+    from beavervision.models.store import ModelStore
+
+    stored = ModelStore(Settings.load().data_dir).add(file, name)
+    facts = {**_card_facts(stored.card), "imported": stored.imported, "folder": str(stored.folder)}
+    use = " --allow-non-commercial" if stored.card.non_commercial else ""
+    lines = [
+        f"{stored.card.name} is imported into {stored.folder}. Its licence: {stored.card.licence_weights}.",
+        f"Use it with: --model {stored.card.name}{use}",
+    ]
+    _show(as_json, facts, lines)
+
+
+@models_app.command("remove")
+def models_remove(
+    name: Annotated[str, typer.Argument(help="An imported model.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Delete an imported model."""
+    from beavervision.models.store import ModelStore
+
+    ModelStore(Settings.load().data_dir).remove(name)
+    _show(as_json, {"removed": name}, [f"{name} is removed."])
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Try everything on this machine: what works, what does not, and what to do about it."""
+    from beavervision.evaluate.doctor import checkup
+
+    rows = []
+    for check in checkup(Settings.load()):
+        rows.append(check)
+        if not as_json:
+            print(f"{check.state:8} {check.name:16} {check.detail}", flush=True)
+            if check.remedy:
+                print(f"{'':25} {check.remedy}", flush=True)
+    broken = any(check.state == "broken" for check in rows)
+    verdict = "Something that is needed is broken: see above." if broken else "Everything that is needed works."
+    _show(as_json, {"works": not broken, "checks": [asdict(check) for check in rows]}, [verdict])
+    if broken:
+        raise typer.Exit(5)
+
+
+@app.command()
+def bench(
+    seconds: Annotated[float, typer.Option(help="Length of the video to make for it.")] = 10,
+    size: Annotated[str, typer.Option(help="Its size: 360p, 480p, 720p, 1080p or 2160p.")] = "720p",
+    rate: Annotated[str, typer.Option(help="Its pictures a second, such as 25 or 30000/1001.")] = "25",
+    preset: Preset = None,
+    model: Model = None,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    compare: Annotated[bool, typer.Option(help="Time the published Wav2Lip generator as well (needs PyTorch).")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Compare the peak memory of 1 and 10 minutes instead.")
+    ] = False,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the speed of the whole chain on this machine."""
+    from beavervision.evaluate.bench import BenchReport, MemoryReport, compare_memory, format_table
+    from beavervision.evaluate.bench import bench as measure
+
+    measured: BenchReport | MemoryReport
+    with _progress(quiet) as told:
+        if memory:
+            measured = compare_memory(size=size, rate=rate, preset=preset or "ultrafast", on_progress=told)
+        else:
+            measured = measure(
+                seconds=seconds,
+                size=size,
+                rate=rate,
+                preset=preset,
+                model=model,
+                device=device,
+                allow_non_commercial=allow_non_commercial,
+                compare=compare,
+                on_progress=told,
+            )
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("out"),
+    text: Annotated[str | None, typer.Option(help="What to say instead of the demo's own sentence.")] = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let the sample portrait speak: writes demo.mp4, demo.png (a contact sheet) and demo.json (a report)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another folder with --out.") from error
+    video, sheet, report = (folder / f"demo.{suffix}" for suffix in ("mp4", "png", "json"))
+    for path in (sheet, report):
+        _check_place(path)
+
+    from beavervision.evaluate.samples import SENTENCE, portrait
+    from beavervision.pipeline import Pipeline
+
+    with portrait() as face, _progress(quiet) as told:
+        done = Pipeline().lipsync(face, video, text=SENTENCE if text is None else text, sheet=sheet, on_progress=told)
+    _write_json(report, done.as_dict())
+    lines = [*_told_of(done), f"The face over the video: {sheet}", f"What was done: {report}"]
+    _show(as_json, {**done.as_dict(), "sheet": str(sheet), "report": str(report)}, lines)
+
+
+# What commands share -----------------------------------------------------------------------------
+
+
+def _show(as_json: bool, document: Mapping[str, Any], human: Sequence[str] | RenderableType) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2, allow_nan=False))
+    elif isinstance(human, Sequence) and not isinstance(human, str):
+        for line in human:
+            print(line)
+    else:
+        from rich.console import Console
+
+        Console().print(human)
+
+
+def _told_of(report: Report) -> list[str]:
+    output, times = report.output, report.times
+    width, height = output["size_px"]
+    lines = [
+        f"{output['path']}: {output['seconds']} s, {output['pictures']} pictures of {width}x{height}, "
+        f"made in {times['elapsed_ms'] / 1e3:.1f} s ({times['pictures_per_s']:.1f} a second)"
+    ]
+    left = {state: count for state, count in report.track["pictures"].items() if count and state != "ok"}
+    if left:
+        lines.append("Pictures left as they were: " + ", ".join(f"{count} {state}" for state, count in left.items()))
+    return [*lines, *(f"Note: {note}" for note in report.notes)]
+
+
+def _card_facts(card: ModelCard) -> dict[str, Any]:
+    from beavervision.models.cards import data_hashes
+
+    return asdict(card) | {"files": {name: data_hashes()[name] for name in card.files}}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, or of standard input for ``-``."""
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(_TEXT_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}. Check the name and the rights.") from error
+    if len(data) > _TEXT_BYTES:
+        raise TextError(f"{name} has more than {_TEXT_BYTES >> 20} MiB of text. Split it into parts.")
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{name} is no UTF-8 text (byte {error.start}). Save it as UTF-8 text first.") from error
+
+
+def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
+    """Raises UsageError where an output would replace an input or another output."""
+    read = [path.resolve() for path in inputs if path is not None]
+    written = [path.resolve() for path in outputs if path is not None]
+    for number, path in enumerate(written):
+        if path in read:
+            raise UsageError(f"{path} would be written over itself. Give the output another name.")
+        if path in written[:number]:
+            raise UsageError(f"{path} is named as two outputs. Give each a name of its own.")
+
+
+def _check_place(path: Path | None) -> None:
+    """Raises OutputError where a file cannot be made at `path`; found out before any work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder. Name a file in it.")
+    trial = _partial(path)
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a file, whole or not at all."""
+    partial = _partial(path)
+    try:
+        try:
+            partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written: {error.strerror}. Check the folder, the rights and the space left.")
+
+
+class _Pace:
+    """Pictures done against the time since the first of them."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+        self.per_s = 0.0
+
+    def __call__(self, done: int) -> float:
+        """Pictures a second so far; 0 while that is not known."""
+        now_s = time.monotonic()
+        if self._start is None:
+            self._start = now_s, done
+        elif now_s > self._start[0]:
+            self.per_s = (done - self._start[1]) / (now_s - self._start[0])
+        return self.per_s
+
+
+def _progress(quiet: bool) -> AbstractContextManager[Callable[[int, int | None], None] | None]:
+    """What to tell of the pictures done and in all, on standard error: a bar on a terminal, else a line now and then."""
+    if quiet:
+        return nullcontext()
+    return _bar() if sys.stderr.isatty() else nullcontext(_lines())
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int | None], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed} pictures, {task.fields[per_s]:.1f} a second,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    pace = _Pace()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing", total=None, per_s=0.0)
+
+        def told(done: int, total: int | None) -> None:
+            progress.update(
+                task,
+                description="drawing",
+                completed=done,
+                total=None if total is None else max(total, done),
+                per_s=pace(done),
+            )
+
+        yield told
+
+
+def _lines() -> Callable[[int, int | None], None]:
+    pace = _Pace()
+    next_s = 0.0
+
+    def told(done: int, total: int | None) -> None:
+        nonlocal next_s
+        per_s = pace(done)
+        if time.monotonic() < next_s:
+            return
+        next_s = time.monotonic() + _LINE_S
+        line = f"{done} pictures" if total is None else f"{done} of {max(total, done)} pictures"
+        if per_s:
+            line += f", {per_s:.1f} a second"
+            line += "" if total is None else f", {max(total - done, 0) / per_s:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+    return told
+
+
+# The process -------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (that of the process if None) and return its exit code. Nothing is raised."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    as_json, debug = "--json" in args, "--debug" in args
+    logging.getLogger("beavervision").addHandler(logging.NullHandler())
+    with ExitStack() as stack:
+        if argv is None:
+            _own_the_process(quiet_libraries=not debug)
+        restore = _stop_on_signals()
+        stack.callback(restore)
+        try:
+            code = _run(args)
+            sys.stdout.flush()
+            return code
+        except BaseException as error:
+            if argv is None:
+                _ignore_signals()  # the end is near, and it is to be a clean one
+            return _explained(error, as_json, debug)
+
+
+def _run(args: list[str]) -> int:
+    # Not click's own main(), which would print errors and end the process in its own way.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("beavervision", args) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _explained(error: BaseException, as_json: bool, debug: bool) -> int:
+    """Tell of an error as it was asked for; its exit code."""
+    if isinstance(error, BrokenPipeError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail
+        return _SIGPIPE_EXIT
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        told: BeaverVisionError = Interrupted("Stopped; nothing was written.")
+    elif isinstance(error, BeaverVisionError):
+        told = error
+    elif isinstance(error, _ClickError):
+        where = getattr(error, "ctx", None)
+        help_of = where.command_path if where is not None else "beavervision"
+        message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+        told = UsageError(f"{message}. See `{help_of} --help`." if message else f"See `{help_of} --help`.")
+    elif isinstance(error, MemoryError):
+        told = DeviceError("The memory is used up. Close other programs, or use a smaller video.")
+    else:
+        told = BeaverVisionError(
+            f"Something unexpected happened ({type(error).__name__}: {error}). This is a defect of the program: please "
+            "report it with the command and what `beavervision doctor` says. --debug shows where it happened."
+        )
+    if debug or _debug_is_set():
+        traceback.print_exception(error)
+    with suppress(BrokenPipeError):
+        if as_json:
+            print(json.dumps({"error": {"code": told.code, "message": str(told)}}, indent=2), flush=True)
+        else:
+            print(
+                f"Error: {told}" if told.exit_code != Interrupted.exit_code else str(told), file=sys.stderr, flush=True
+            )
+    return told.exit_code
+
+
+def _debug_is_set() -> bool:
+    try:
+        return Settings.load().debug
+    except UsageError:
+        return False
+
+
+def _own_the_process(*, quiet_libraries: bool) -> None:
+    """What only a process of its own may do to its streams."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if quiet_libraries:
+        # Native libraries write to descriptor 2 without being asked; Python keeps the real one.
+        try:
+            real = os.dup(2)
+            sys.stderr = os.fdopen(real, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+        except OSError:  # started without a standard error
+            return
+
+
+def _stop_on_signals() -> Callable[[], None]:
+    """Let SIGTERM and SIGHUP stop a command as Ctrl-C does; returns what undoes it."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, stop)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
+
+    return restore
+
+
+def _ignore_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)

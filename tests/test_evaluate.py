@@ -1,0 +1,336 @@
+"""The measures against known values, the bench and the following on small real runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from rich.console import Console
+
+from beavervision.errors import BeaverVisionError, InputError, MediaError, UsageError
+from beavervision.evaluate import bench as bench_module
+from beavervision.evaluate import follow as follow_module
+from beavervision.evaluate import scores
+from beavervision.evaluate.alone import call_alone
+from beavervision.evaluate.bench import BenchReport, MemoryReport, bench, compare_memory, format_table
+from beavervision.evaluate.follow import ClipFollow, FollowReport, follow, mouth_trace
+from beavervision.evaluate.samples import portrait
+from beavervision.models import mesh
+from beavervision.models.face import FaceNets
+from beavervision.pipeline import Pipeline
+from tests.media_factory import make_sound
+
+
+def _random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def test_pearson_is_numpys_and_leaves_out_what_is_unknown() -> None:
+    a, b = np.random.default_rng(1).normal(size=(2, 50))
+    known = np.ones(50, bool)
+    known[[3, 20]] = False
+    a_holes, b_holes = a.copy(), b.copy()
+    a_holes[3], b_holes[20] = np.nan, np.nan
+    assert scores.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert scores.pearson(a_holes, b_holes) == pytest.approx(np.corrcoef(a[known], b[known])[0, 1])
+    assert scores.pearson(3 * a + 1, a) == pytest.approx(1)
+    assert math.isnan(scores.pearson(np.ones(50), b))
+    assert math.isnan(scores.pearson(a[:4], b[:4]))
+
+
+@pytest.mark.parametrize("late", [-3.0, 0.0, 2.0, 4.3])
+def test_best_lag_is_positive_when_the_made_one_is_late(late: float) -> None:
+    t = np.arange(120)
+
+    def mouth(at: np.ndarray) -> np.ndarray:
+        return np.sin(at / 3) + 0.7 * np.sin(at / 7.3 + 1)
+
+    lag = scores.best_lag(0.2 * mouth(t - late) + 5, mouth(t), 10)
+    assert lag is not None
+    assert lag.pictures == round(late)
+    assert lag.fine == pytest.approx(late, abs=0.1)
+    assert lag.r > 0.98
+
+
+def test_best_lag_without_any_motion_or_clock() -> None:
+    assert scores.best_lag(np.zeros(40), np.arange(40.0), 5) is None
+    with pytest.raises(ValueError, match="cannot be compared"):
+        scores.best_lag(np.zeros(40), np.zeros(41), 5)
+
+
+def test_landmark_distance_is_in_eye_distances() -> None:
+    truth = np.random.default_rng(0).normal(size=(7, 20, 2)).astype(np.float32) * 50
+    made = truth + np.array([3, 4], np.float32)
+    assert scores.landmark_distance(made, truth, np.full(7, 50, np.float32)) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_psnr_of_a_constant_error() -> None:
+    truth = _random(40, 30, 3) // 2
+    assert scores.psnr(truth + 10, truth) == pytest.approx(10 * math.log10(255**2 / 100), abs=1e-4)
+    assert scores.psnr(truth, truth) == math.inf
+
+
+def test_ssim_of_flat_images_follows_the_formula() -> None:
+    a, b = np.full((32, 32), 100, np.uint8), np.full((32, 32), 150, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert scores.ssim(a, b) == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1))
+    assert scores.ssim(a, a) == pytest.approx(1)
+    with pytest.raises(ValueError, match="11 px"):
+        scores.ssim(a[:10], b[:10])
+
+
+def test_ssim_equals_the_definition_window_by_window() -> None:
+    x = _random(20, 17).astype(float)
+    y = np.clip(x + np.random.default_rng(5).normal(0, 40, x.shape), 0, 255).astype(np.uint8).astype(float)
+    offsets = np.arange(11) - 5
+    bell = np.exp(-(offsets**2) / (2 * 1.5**2))
+    weights = np.outer(bell, bell) / bell.sum() ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    found = []
+    for i in range(10):
+        for j in range(7):
+            p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            mp, mq = (weights * p).sum(), (weights * q).sum()
+            vp, vq = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum()
+            cov = (weights * (p - mp) * (q - mq)).sum()
+            found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    assert scores.ssim(x.astype(np.uint8), y.astype(np.uint8)) == pytest.approx(np.mean(found), abs=1e-6)
+
+
+def test_sharpness_ratio_scales_with_contrast_squared() -> None:
+    truth = _random(40, 40) // 2 * 2
+    assert scores.sharpness_ratio(truth // 2, truth) == pytest.approx(0.25, rel=1e-4)
+    assert math.isnan(scores.sharpness_ratio(truth, np.full_like(truth, 7)))
+
+
+def test_flicker_is_the_deviation_of_noise_and_nothing_for_even_motion() -> None:
+    noise = np.random.default_rng(2).normal(128, 6, (200, 16, 16)).round().astype(np.uint8)
+    even = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)
+    inside = np.zeros((16, 16), bool)
+    inside[:8] = True
+    still = noise.copy()
+    still[:, ~inside] = 100
+    assert scores.flicker(noise) == pytest.approx(6, rel=0.02)
+    assert scores.flicker(even) == 0
+    assert scores.flicker(still, ~inside) == 0
+    assert scores.flicker(still, inside) == pytest.approx(6, rel=0.03)
+    with pytest.raises(ValueError, match="three"):
+        scores.flicker(noise[:2])
+
+
+def test_share_changed_counts_only_outside_of_the_mask() -> None:
+    source = _random(10, 10, 3)
+    mask = np.zeros((10, 10), bool)
+    mask[:5] = True
+    made = source.copy()
+    made[:5] ^= 255
+    assert scores.share_changed(made, source, mask) == 0
+    made[9, 9, 1] ^= 1
+    assert scores.share_changed(made, source, mask) == pytest.approx(1 / 50)
+    assert scores.share_changed(made, source, np.ones((10, 10), bool)) == 0
+
+
+# A process of its own ------------------------------------------------------------------------------
+
+
+_JOBS = """
+from beavervision.errors import MediaError
+def answer(*, on_progress, **options):
+    print("not an answer")
+    on_progress(1, None)
+    return options
+def refuse(*, on_progress):
+    raise MediaError("it is damaged. Use another.")
+def collapse(*, on_progress):
+    raise RuntimeError("boom")
+"""
+
+
+def test_a_process_of_its_own_answers_and_its_errors_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs_of_a_test.py").write_text(_JOBS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(bench_module.__file__).parents[2]}")
+    jobs = import_module("jobs_of_a_test")
+    told: list[tuple[int, int | None]] = []
+    assert call_alone(jobs.answer, {"a": [1, "x"]}, lambda done, total: told.append((done, total))) == {"a": [1, "x"]}
+    assert told == [(1, None)]
+    with pytest.raises(MediaError, match="damaged"):
+        call_alone(jobs.refuse, {})
+    with pytest.raises(BeaverVisionError, match="ended with 1: RuntimeError: boom"):
+        call_alone(jobs.collapse, {})
+
+
+# Bench ---------------------------------------------------------------------------------------------
+
+
+def _printed(table: Any) -> str:
+    page = io.StringIO()
+    Console(width=160, file=page).print(table)
+    return page.getvalue()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(bench_module.__file__).parents[2]))
+
+
+@pytest.mark.usefixtures("installed")
+def test_bench_measures_a_real_run() -> None:
+    told: list[tuple[int, int | None]] = []
+    report = bench(
+        seconds=1,
+        size="360p",
+        rate="30000/1001",
+        preset="ultrafast",
+        model="beaver",
+        device="cpu",
+        compare=False,
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    assert (report.pictures, report.rate, report.size_px) == (30, "30000/1001", (640, 360))
+    assert [s.name for s in report.stages] == ["decode", "detect", "hear", "lipsync", "render", "watch", "encode"]
+    assert report.process_cpu_ms >= report.stages_cpu_ms > 5
+    assert next(s for s in report.stages if s.name == "detect").cpu_ms > 2, "tracking had nothing to do"
+    assert 50 < report.peak_memory_mb < 4000
+    assert 0 < report.first_picture_ms < report.elapsed_s * 1e3
+    assert report.times_real_time == pytest.approx(report.pictures_per_s / (30000 / 1001), abs=1e-3)
+    assert told[-1][0] == 30
+    again = json.loads(json.dumps(report.as_dict()))
+    assert again["machine"]["cores"] >= 1
+    assert again["stages_cpu_ms"] == pytest.approx(report.stages_cpu_ms, abs=1e-3)
+
+
+def test_the_source_lasts_as_long_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "_CYCLE_S", 1)
+    bench_module._make_source(tmp_path / "s.mp4", 2.5, (640, 360), Fraction(24))
+    with av.open(str(tmp_path / "s.mp4")) as container:
+        times = [f.pts * f.time_base for f in container.decode(video=0) if f.pts is not None and f.time_base]
+    assert times == [Fraction(i, 24) for i in range(60)]
+
+
+@pytest.mark.torch
+def test_the_comparison_times_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="exporting the Wav2Lip generator needs the gpu extra")
+    pytest.importorskip("onnx", reason="exporting the Wav2Lip generator needs the gpu extra")
+    monkeypatch.setattr(bench_module, "_ROUNDS", 1)
+    monkeypatch.setattr(bench_module, "_COMPARED_BLOCKS", 2)
+    bench_module._make_source(tmp_path / "s.mp4", 1, (640, 360), Fraction(25))
+    compared = bench_module.Comparison(**bench_module.time_lipsync(source=str(tmp_path / "s.mp4")))
+    assert compared.ratio > 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": "big"}, {"rate": "fast"}, {"rate": 0}, {"seconds": 0}, {"preset": "warp"}]
+)
+def test_bench_refuses_what_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        bench(**options)
+    with pytest.raises(UsageError):
+        compare_memory(**{k: (v,) if k == "seconds" else v for k, v in options.items()})
+
+
+def test_tables_show_the_figures() -> None:
+    machine = bench_module.Machine("Abacus 9", 2, 4096, "Linux 6", "3.11.1", {"av": "18.0"}, 1.5)
+    stages = (bench_module.StageFigures("decode", 3.25, 3.0, 4.0), bench_module.StageFigures("encode", 15.5, 15.0, 9.0))
+    report = BenchReport(
+        (1280, 720), "25", "veryfast", "beaver", "cpu", 250, 10.0, 8.0, 31.25, 1.25, 400.0, 900.0, 612.0, stages, 40.5,
+        machine, bench_module.Comparison(8.0, 120.0, 7),
+    )  # fmt: skip
+    text = _printed(format_table(report))
+    for figure in ("18.75", "40.50", "1.25 x real time", "612 MB", "15.0 times less", "Abacus 9", "not quiet"):
+        assert figure in text
+    memory = MemoryReport((1920, 1080), "ultrafast", (60, 600), (800.0, 840.0))
+    assert memory.growth == pytest.approx(0.05)
+    assert "+5.0%" in _printed(format_table(memory))
+
+
+# Following -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One speaking clip made by the product itself, whose sound is late by 80 ms, and one without any face."""
+    folder = tmp_path_factory.mktemp("talkers")
+    with portrait() as still:
+        Pipeline("beaver", device="cpu").lipsync(still, folder / "made.mp4", text="Oh wow, my father!")
+    late = np.zeros((1, 48000 * 80 // 1000), np.float32)
+    with av.open(str(folder / "made.mp4")) as container:
+        said = np.concatenate([f.to_ndarray()[:1] for f in container.decode(audio=0)], axis=1)
+    make_sound(folder / "late.wav", np.concatenate([late, said], axis=1), 48000)
+    with (
+        av.open(str(folder / "made.mp4")) as seen,
+        av.open(str(folder / "late.wav")) as heard,
+        av.open(str(folder / "one.mkv"), "w") as out,
+    ):
+        streams = [out.add_stream_from_template(c.streams[0]) for c in (seen, heard)]
+        for container, stream in zip((seen, heard), streams, strict=True):
+            for packet in container.demux(container.streams[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+    make_sound(folder / "two.wav", said, 48000)
+    (folder / "index.tsv").write_text(
+        "file\tsplit\tseconds\tsync_lag_s\n"
+        "one.mkv\tvalidate\t3\t0.08\ntwo.wav\tvalidate\t3\t\nshort.mp4\tvalidate\t1.2\t\nother.mp4\ttrain\t3\t\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
+    told: list[str] = []
+    report = follow(talkers, model="beaver", device="cpu", on_progress=lambda done, total, file: told.append(file))
+    assert told == ["one.mkv", "two.wav"], "short clips and other splits are left out"
+    (clip,) = report.clips
+    assert clip.opening_r > 0.8
+    assert clip.in_time
+    assert abs(clip.lag_ms) < 25, "the sound's offset in the index was not corrected"
+    assert "two.wav" in report.left_out
+    figures = json.loads(json.dumps(report.as_dict()))
+    assert figures["median_opening_r"] == pytest.approx(clip.opening_r, abs=1e-3)
+    assert figures["share_in_time"] == 1
+    assert "one.mkv" in _printed(follow_module.format_table(report))
+
+
+def test_the_still_is_a_closed_mouth(talkers: Path) -> None:
+    nets = FaceNets()
+    trace, picture = mouth_trace(talkers / "made.mp4", nets)
+    assert picture is not None
+    assert np.isfinite(trace.opening).all()
+    face = nets.face(picture, nets.detect(picture)[0].crop, settle=2)
+    assert face is not None
+    points = mesh.fit_pose(face.points_px).to_face(face.points_px)
+    gap = float(points[14, 1] - points[13, 1])
+    assert gap < np.quantile(trace.opening, 0.25) + 0.01
+    assert np.ptp(trace.opening) > 0.02, "the mouth did not move"
+    opening, _ = trace.at(np.array([-1.0, trace.times_s[3], 1e3]))
+    assert np.isnan(opening[[0, 2]]).all()
+    assert opening[1] == trace.opening[3]
+
+
+def test_a_folder_without_an_index_and_a_split_without_clips(tmp_path: Path, talkers: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        follow(tmp_path)
+    (tmp_path / "index.tsv").write_text("name\nx\n", encoding="utf-8")
+    with pytest.raises(InputError, match="no index"):
+        follow(tmp_path)
+    with pytest.raises(InputError, match="no clip"):
+        follow(talkers, "test")
+    with pytest.raises(UsageError, match="limit"):
+        follow(talkers, limit=0)
+
+
+def test_the_report_is_made_of_medians() -> None:
+    rows = [(0.2, 0, 0.0), (0.6, 1, 30.0), (0.7, -5, -200.0)]
+    clips = tuple(ClipFollow("f", 3.0, r, r / 2, 1.0, k, ms, r) for r, k, ms in rows)
+    report = FollowReport("validate", {}, clips, {})
+    assert (report.opening_r, report.width_r) == pytest.approx((0.6, 0.3))
+    assert report.in_time == pytest.approx(2 / 3)

@@ -1,0 +1,172 @@
+"""The recipe of the shipped weights, on a made-up talker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="training needs the train extra")
+pytest.importorskip("onnx", reason="training needs the train extra")
+
+import torch
+
+from beavervision.models import mesh
+from beavervision.models.basis import MotionBasis
+from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, PainterNet
+from beavervision.models.runtime import OnnxNet
+from training import clips, export, lessons, motion, painter, voices
+
+pytestmark = pytest.mark.torch
+
+FPS = 25
+SECONDS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def talker(seed: int, sound_late_s: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, packed points and sound of a canonical face whose jaw falls with the loudness of noise."""
+    rng = np.random.default_rng(seed)
+    loud = np.interp(np.arange(SECONDS * 100) / 100, np.arange(0, SECONDS, 0.2), rng.uniform(0, 1, SECONDS * 5))
+    pcm = np.repeat(loud, 160) * rng.standard_normal(SECONDS * 16000) * 0.1
+    pcm = np.roll(pcm, int(sound_late_s * 16000))
+    times = np.arange(SECONDS * FPS) / FPS
+    faces = np.repeat(mesh.canonical()[None], len(times), axis=0)
+    lower = np.setdiff1d(clips.LOWER, np.concatenate([mesh.INNER_UPPER, mesh.STABLE]))
+    lower = lower[mesh.canonical()[lower, 1] > 1.1]
+    faces[:, lower, 1] += 0.2 * np.interp(times, np.arange(len(loud)) / 100, loud)[:, None]
+    packed = faces[:, clips.KEPT] - clips.CROP_CENTRE
+    return times, packed.astype(np.float16), (pcm * 32767).clip(-32768, 32767).astype(np.int16)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder as training.pack leaves it, of two people to learn from and one to measure on."""
+    lines = ["file\tsplit\tperson\tseconds\tface_px\tsync_r\tsync_lag_s"]
+    for i, split in enumerate(("train", "train", "validate")):
+        times, points, pcm = talker(i)
+        np.savez(tmp_path / f"c{i}.npz", times_s=times, points=points, presence=np.ones(len(times)), pcm=pcm)
+        lines.append(f"c{i}.mp4\t{split}\tp{i}\t{SECONDS}\t200\t0.6\t0.0")
+    (tmp_path / "index.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def basis(data: Path) -> MotionBasis:
+    return clips.learn_basis(clips.load_all(data), motion.BASIS_SIZE)
+
+
+def test_a_step_hears_no_further_than_declared() -> None:
+    net = MotionNet(3, channels=8).eval()
+    steps = 4
+    rows = torch.randn(1, MEL_PER_STEP * steps + net.extra_rows, 64)
+    step = 2
+    last = net.left_rows + MEL_PER_STEP * step + LOOK_AHEAD_ROWS
+    with torch.no_grad():
+        before = net(rows)[0]
+        assert len(before) == steps
+        beyond, within = rows.clone(), rows.clone()
+        beyond[:, last + 1 :] += 500
+        within[:, last] += 500
+        assert torch.equal(net(beyond)[0, : step + 1], before[: step + 1])
+        assert not torch.equal(net(within)[0, step], before[step])
+        older = rows.clone()
+        older[:, : MEL_PER_STEP * step] += 5
+        assert torch.equal(net(older)[0, step:], before[step:])
+    # 12.5 ms of the last row's window and one step of interpolation come on top of the rows.
+    assert LOOK_AHEAD_ROWS * 10 + 12.5 + 20 <= 160
+
+
+def test_a_basis_tells_the_motion_of_its_clips(data: Path, basis: MotionBasis) -> None:
+    for clip in clips.load_all(data, basis):
+        again = basis.displacement(clip.coefficients)
+        assert np.abs(again - clip.moved).max() < 0.01
+        assert np.corrcoef(clip.coefficients @ basis.gap.mean(axis=1), clip.gap)[0, 1] > 0.99
+
+
+def test_a_late_sound_is_found(data: Path, basis: MotionBasis) -> None:
+    (clip, *_) = clips.load_all(data, basis)
+    readout = motion.Readout.of(basis)
+    told = {clip.row.name: clip.targets()[0]}
+    clip.lag_s = 0.1
+    assert motion.correct_lags(told, [clip], readout) == 1
+    assert abs(clip.lag_s) < 0.021
+
+
+def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBasis, tmp_path: Path) -> None:
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    motion.write_basis(basis, weights / "beaver_basis.npz")
+    motions = clips.load_all(data, motion.read_basis(weights / "beaver_basis.npz"))
+    pcm = talker(9)[2].astype(np.float32) / 32768
+    rows = clips.LOG_MEL.rows(pcm)
+    classes = np.arange(len(rows) // 2) // 5 % len(voices.Viseme)
+    said = [voices.Spoken(pcm, rows, classes, np.ones(len(classes), np.float32))] * 2
+    voices.save(said, data / "voices.npz")
+    taught = {
+        name: lessons.Lesson(np.zeros((n, motion.BASIS_SIZE)), np.zeros((n, lessons.COMPONENTS)), 0.02)
+        for name, n in [("c0", 150), ("c1", 149), ("voice 0", 150), ("voice 1", 150)]
+    }
+    lessons.write_lessons(taught, data / "taught.npz")
+    spoken = voices.load(data / "voices.npz")
+    net = motion.train(
+        [m for m in motions if m.row.split == "train"],
+        {lessons.voice_name(i): s for i, s in enumerate(spoken)},
+        lessons.read_lessons(data / "taught.npz"),
+        basis,
+        motion.Options(iterations=2, batch=2, synthetic=2, channels=8),
+        weights / "motion.pt",
+    )
+    assert motions[0].lag_s == 0.02
+    found = motion.figures(net, motions[2:], spoken, basis)
+    assert found.clips == 1
+    assert -1 <= found.gap <= 1
+
+    (out / "SHA256.json").parent.mkdir()
+    (out / "SHA256.json").write_text('{"other": "kept"}', "utf-8")
+    trained = motion.load_net(weights / "motion.pt")
+    assert export.export_motion(trained, out / "beaver_motion.onnx") < export.TOLERANCE
+    assert export.export_painter(PainterNet((4, 4, 8)), out / "beaver_painter.onnx") < export.TOLERANCE
+    export.record(out, ["beaver_motion.onnx"])
+    assert set(json.loads((out / "SHA256.json").read_text("utf-8"))) == {"other", "beaver_motion.onnx"}
+    (told,) = OnnxNet(out / "beaver_motion.onnx")(np.zeros((1, 2 * 7 + trained.extra_rows, 64), np.float32))
+    assert told.shape == (1, 7, motion.BASIS_SIZE)
+
+
+def test_augmented_rows_stay_log_mel() -> None:
+    rows = torch.from_numpy(np.tile(clips.LOG_MEL.rows(talker(0)[2] / 32768), (3, 1, 1)))
+    changed = motion.augment(rows, np.random.default_rng(0))
+    assert changed.shape == rows.shape
+    assert bool(torch.isfinite(changed).all())
+    assert float(changed.min()) >= float(clips.SILENCE)
+    assert not torch.allclose(changed, rows, atol=0.1)
+
+
+def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_mouth() -> None:
+    rng = np.random.default_rng(0)
+    angle = np.linspace(np.pi, -np.pi, 20, endpoint=False)
+    ring = np.stack([48 + 20 * np.cos(angle), 40 - 10 * np.sin(angle)], axis=1)
+    count = 30
+    crops = rng.integers(0, 255, (count, 80, 96, 3), np.uint8)
+    row = clips.Row("c.mp4", "train", "p", 3.0, 200.0, 0.0)
+    every = np.arange(count)
+    mouths = painter.Mouths(row, crops, np.repeat(ring[None], count, axis=0).astype(np.float32), every, every, every)
+    for _ in range(5):
+        given, wanted = painter.example(mouths, rng)
+        assert given.shape == (12, 80, 96)
+        assert wanted.shape == (3, 80, 96)
+        assert np.all(given[:3, given[3] > 0.02] == 0)
+    given, wanted = painter.probe(mouths)
+    seen = np.abs(given[:3] - wanted).max(axis=0)
+    assert np.all(seen[given[3] == 0][seen[given[3] == 0] > 0] <= 1)
+    assert (seen == 0).mean() > 0.8
+    net = painter.train([mouths], [mouths], painter.Options(iterations=2, batch=2, adversary=1), Path("/dev/null"))
+    assert not net.training
