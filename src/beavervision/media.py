@@ -159,7 +159,7 @@ class Picture:
     def painted(self, patches: tuple[Patch, ...]) -> Picture:
         """A copy with `patches` blended in by their masks. A sample under a mask of 0 keeps its exact value.
 
-        A chroma sample covers 2 x 2 pixels; it changes if any of the four does.
+        A chroma sample covers 2 x 2 pixels and takes the mean of their masks.
         """
         if not patches:
             return self
@@ -168,18 +168,17 @@ class Picture:
             r = patch.region
             ys, xs = slice(r.y_px, r.y_px + r.height_px), slice(r.x_px, r.x_px + r.width_px)
             yc, xc = slice(r.y_px // 2, ys.stop // 2), slice(r.x_px // 2, xs.stop // 2)
-            yuv = cv2.transform(patch.rgb.astype(np.float32), self.color.to_yuv())
-            alpha = patch.mask.astype(np.float32) * np.float32(1 / 255)
             half = (r.width_px // 2, r.height_px // 2)
-            alpha_c = cv2.resize(alpha, half, interpolation=cv2.INTER_AREA)
+            yuv = cv2.transform(patch.rgb, self.color.to_yuv())
             chroma = cv2.resize(yuv[..., 1:], half, interpolation=cv2.INTER_AREA)
-            for plane, rows, cols, new, a in (
-                (y, ys, xs, yuv[..., 0], alpha),
-                (u, yc, xc, chroma[..., 0], alpha_c),
-                (v, yc, xc, chroma[..., 1], alpha_c),
+            mask_c = cv2.resize(patch.mask, half, interpolation=cv2.INTER_AREA).astype(np.uint16)
+            for plane, rows, cols, new, alpha in (
+                (y, ys, xs, yuv[..., 0], patch.mask.astype(np.uint16)),
+                (u, yc, xc, chroma[..., 0], mask_c),
+                (v, yc, xc, chroma[..., 1], mask_c),
             ):
-                old = plane[rows, cols].astype(np.float32)
-                plane[rows, cols] = np.clip(old + a * (new - old) + np.float32(0.5), 0, 255).astype(np.uint8)
+                old = plane[rows, cols].astype(np.uint16)
+                plane[rows, cols] = ((old * (255 - alpha) + new * alpha + 127) // 255).astype(np.uint8)
         return replace(self, y=y, u=u, v=v)
 
 

@@ -196,7 +196,7 @@ class Pipeline:
 
         flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
         flow = flow.then(Detect(nets, seen.choice)).then(_Named("hear", hear)).then(self._model.stage(seen))
-        flow = flow.then(Render()).then(watch).then(encode)
+        flow = flow.then(Render(match=self._model.seams)).then(watch).then(encode)
         done = 0
         with closing(iter(flow)) as clips:
             for clip in clips:
@@ -242,7 +242,7 @@ class Pipeline:
             Detect(nets, seen.choice),
             _Named("hear", lambda heard: hear(heard, iter(audio))),
             self._model.stage(seen),
-            Render(),
+            Render(match=self._model.seams),
         ]
         flow = Flow(lambda: itertools.chain(first, incoming), guard=self._check_memory)
         for stage in stages:
@@ -333,6 +333,7 @@ class _Model:
     front_end: str
     timing: Timing
     net: MicroBatcher  # the network that runs share
+    seams: bool  # whether what it draws differs from the picture at the mask's edge
 
     def stage(self, seen: Survey) -> Stage:
         raise NotImplementedError
@@ -349,6 +350,7 @@ class _Model:
 class _Beaver(_Model):
     card = BEAVER
     front_end = "logmel"
+    seams = False
 
     def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
         self._files = load_beaver(where.devices[0], threads=where.threads)
@@ -365,6 +367,7 @@ class _Imported(_Model):
     """A Wav2Lip checkpoint of the user's."""
 
     front_end = Wav2LipSync.front_end
+    seams = True
 
     def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
         store = ModelStore(data_dir)
