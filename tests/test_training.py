@@ -135,8 +135,12 @@ def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBas
     trained = motion.load_net(weights / "motion.pt")
     assert export.export_motion(trained, out / "beaver_motion.onnx") < export.TOLERANCE
     assert export.export_painter(PainterNet((4, 4, 8)), out / "beaver_painter.onnx") < export.TOLERANCE
-    export.record(out, ["beaver_motion.onnx"])
-    assert set(json.loads((out / "SHA256.json").read_text("utf-8"))) == {"other", "beaver_motion.onnx"}
+    card = out / "card.md"
+    card.write_text(f"| `beaver_motion.onnx` | `{'0' * 64}` |\n", "utf-8")
+    export.record(out, ["beaver_motion.onnx"], card)
+    hashes = json.loads((out / "SHA256.json").read_text("utf-8"))
+    assert set(hashes) == {"other", "beaver_motion.onnx"}
+    assert hashes["beaver_motion.onnx"] in card.read_text("utf-8")
     (told,) = OnnxNet(out / "beaver_motion.onnx")(np.zeros((1, 2 * 7 + trained.extra_rows, 64), np.float32))
     assert told.shape == (1, 7, motion.BASIS_SIZE)
 
@@ -170,3 +174,10 @@ def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_m
     assert (seen == 0).mean() > 0.8
     net = painter.train([mouths], [mouths], painter.Options(iterations=2, batch=2, adversary=1), Path("/dev/null"))
     assert not net.training
+
+
+def test_the_card_has_the_hashes_of_the_shipped_files() -> None:
+    card = export.CARD.read_text("utf-8")
+    hashes = json.loads((export.DATA / "SHA256.json").read_text("utf-8"))
+    for name in ("beaver_motion.onnx", "beaver_painter.onnx", "beaver_basis.npz"):
+        assert f"| `{name}` | `{hashes[name]}` |" in card

@@ -1,0 +1,131 @@
+"""Trained weights to the files that ship.
+
+    python -m training.export --weights work/weights
+
+Writes ``beaver_motion`` and ``beaver_painter``, each for ONNX Runtime (``.onnx``) and PyTorch (``.safetensors``), and
+``beaver_basis.npz`` into the package's data and their hashes into ``SHA256.json`` and the model card, after a check that ONNX
+Runtime gives what PyTorch gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from beavervision.media import F32
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
+from beavervision.models.nets.beaver import MEL_BINS, PAINT_SIZE, MotionNet, PainterNet
+from beavervision.models.runtime import OnnxNet
+from training.motion import load_net
+
+OPSET = 17
+TOLERANCE = 1e-4
+DATA = Path(__file__).parents[1] / "src" / "beavervision" / "models" / "data"
+CARD = Path(__file__).parents[1] / "docs" / "models" / "beaver.md"
+_STEPS = 25
+
+
+def export_motion(net: MotionNet, path: Path) -> float:
+    """Input ``rows`` (1, 2 n + extra_rows, 64), output ``motion`` (1, n, k); the largest difference to PyTorch."""
+    rows = torch.randn(1, 2 * _STEPS + net.extra_rows, MEL_BINS) * 3 - 5
+    _export(net, rows, path, "rows", "motion", {"rows": {1: "t"}, "motion": {1: "n"}})
+    longer = torch.randn(1, 6 * _STEPS + net.extra_rows, MEL_BINS) * 3 - 5
+    return max(_difference(net, x, path) for x in (rows, longer))
+
+
+def export_painter(net: PainterNet, path: Path) -> float:
+    """Input ``crops`` (n, channels, 80, 96), output ``painted`` (n, 3, 80, 96); the largest difference to PyTorch."""
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    channels = first.in_channels // 4  # behind PixelUnshuffle(2)
+    crops = torch.rand(2, channels, PAINT_SIZE[1], PAINT_SIZE[0])
+    _export(net, crops, path, "crops", "painted", {"crops": {0: "n"}, "painted": {0: "n"}})
+    return max(_difference(net, crops[:n], path) for n in (1, 2))
+
+
+def load_painter(path: Path) -> PainterNet:
+    net = PainterNet()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return net.eval()
+
+
+def _export(net: nn.Module, example: Tensor, path: Path, given: str, got: str, axes: dict[str, dict[int, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    net.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # The tracing exporter folds batch normalisation into the convolutions.
+        torch.onnx.export(
+            net, (example,), str(path), input_names=[given], output_names=[got], dynamic_axes=axes,
+            opset_version=OPSET, dynamo=False,
+        )  # fmt: skip
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _difference(net: nn.Module, example: Tensor, path: Path) -> float:
+    with torch.no_grad():
+        wanted: F32 = net(example).numpy()
+    (found,) = OnnxNet(path.read_bytes(), name=path.name)(example.numpy())
+    difference = float(np.abs(found.astype(np.float32) - wanted).max())
+    if not difference < TOLERANCE:
+        raise SystemExit(f"{path.name} differs from PyTorch by {difference:.2g}, more than {TOLERANCE}.")
+    return difference
+
+
+def record(folder: Path, names: list[str], card: Path | None = None) -> None:
+    """Write the hashes of `names` into the folder's list and the model card; other entries stay."""
+    path = folder / "SHA256.json"
+    hashes = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
+    path.write_text(json.dumps(dict(sorted((hashes | found).items())), indent=1) + "\n", "utf-8")
+    if card is not None:
+        text = card.read_text("utf-8")
+        for name, value in found.items():
+            text = re.sub(rf"(\| `{re.escape(name)}` \| `)[0-9a-f]{{64}}`", rf"\g<1>{value}`", text)
+        card.write_text(text, "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=Path("work/weights"))
+    parser.add_argument("--out", type=Path, default=DATA, help="the folder that gets the files")
+    parser.add_argument("--motion", type=Path, help="instead of WEIGHTS/motion.pt")
+    parser.add_argument("--painter", type=Path, help="instead of WEIGHTS/painter.pt")
+    parser.add_argument("--only", choices=["motion", "painter"], help="export this one alone")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    if args.only != "painter":
+        net = load_net(args.motion or args.weights / "motion.pt")
+        if (net.left_rows, net.extra_rows) != (LEFT_ROWS, EXTRA_ROWS):
+            raise SystemExit(f"models/beaver.py must say LEFT_ROWS, EXTRA_ROWS = {net.left_rows}, {net.extra_rows}.")
+        difference = export_motion(net, args.out / "beaver_motion.onnx")
+        save_file(net.state_dict(), args.out / "beaver_motion.safetensors")
+        shutil.copyfile(args.weights / "beaver_basis.npz", args.out / "beaver_basis.npz")
+        written += ["beaver_motion.onnx", "beaver_motion.safetensors", "beaver_basis.npz"]
+        print(f"motion: differs by {difference:.1g}; left_rows {net.left_rows}, extra_rows {net.extra_rows}")
+    if args.only != "motion":
+        painter = load_painter(args.painter or args.weights / "painter.pt")
+        difference = export_painter(painter, args.out / "beaver_painter.onnx")
+        save_file(painter.state_dict(), args.out / "beaver_painter.safetensors")
+        written += ["beaver_painter.onnx", "beaver_painter.safetensors"]
+        print(f"painter: differs by {difference:.1g}")
+    record(args.out, written, CARD if args.out == DATA else None)
+    for name in written:
+        print(f"{name}: {(args.out / name).stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Synthetic speech with exact phone times: what teaches the motion network to tell phones apart."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from beavervision.errors import BeaverVisionError
+from beavervision.media import F32
+from beavervision.speech import Phone, Speaker
+from beavervision.stages.hear import LOG_MEL, RATE_HZ, Resampler
+from training.clips import STEP_S
+
+_RMS = 0.05
+_EDGE_MS = 200.0  # silence around each sentence
+
+
+class Viseme(IntEnum):
+    """Classes of phones by what the mouth does."""
+
+    SILENCE = 0
+    CLOSED = 1
+    LIP_TEETH = 2
+    ROUND = 3
+    OPEN = 4
+    SPREAD = 5
+    OTHER = 6
+
+
+_BY_FIRST = {
+    **dict.fromkeys("pbm", Viseme.CLOSED),
+    **dict.fromkeys("fv", Viseme.LIP_TEETH),
+    **dict.fromkeys("wuʊoɔyøʃʒ", Viseme.ROUND),
+    **dict.fromkeys("aɑæʌɒɐ", Viseme.OPEN),
+    **dict.fromkeys("iɪeɛj", Viseme.SPREAD),
+}
+
+_ADJECTIVES = """
+big brown quiet warm purple happy famous broken open simple poor pure wooden empty yellow vivid moody major silver heavy
+bitter beautiful careful modern foggy rapid humble smooth wide awful
+"""
+_NOUNS = """
+boat map people father window movie mother bottle river apple flower wolf phone market village coffee baby summer book shoe
+photograph beaver machine paper umbrella farm wave mountain office balloon family spoon van bubble problem fish
+"""
+_VERBS = """
+moves brings follows above finds wants before makes over keeps from loves opens behind paints watches forgets under remembers
+pushes believes buys shows calls saves by puts throws
+"""
+_LEADS = """
+Maybe,
+Of course,
+My father says that
+We hope that
+Why would you believe that
+Please remember:
+Well,
+After a while,
+You know,
+Every morning
+Both of us think
+I am sure that
+Hello!
+No, wait.
+In fact,
+Oh!
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spoken:
+    """One sentence: its sound (samples,) at 16 kHz, log-mel rows (r, 64), the class of each 20 ms step (n,), and its weight (n,).
+
+    A step at the edge of a phone counts less than one in its middle.
+    """
+
+    pcm: F32
+    rows: F32
+    classes: npt.NDArray[np.int64]
+    centred: F32
+
+
+def sentences(rng: np.random.Generator) -> Iterator[str]:
+    """English sentences without end, of words with many labials and all vowels."""
+    adjectives, nouns, verbs, leads = _ADJECTIVES.split(), _NOUNS.split(), _VERBS.split(), _LEADS.strip().splitlines()
+    while True:
+        lead, pause = rng.choice(leads), rng.choice(["", "", ",", ";"])
+        a, b = (f"the {rng.choice(adjectives)} {rng.choice(nouns)}" for _ in range(2))
+        yield f"{lead} {a}{pause} {rng.choice(verbs)} {b}{rng.choice(['.', '!', '?', ''])}"
+
+
+def labels(phones: tuple[Phone, ...], steps: int, shift_s: float) -> tuple[npt.NDArray[np.int64], F32]:
+    """The class of each step, and 1 in the middle of a phone falling to 0.3 at its edges."""
+    classes = np.full(steps, Viseme.SILENCE, np.int64)
+    centred = np.ones(steps, np.float32)
+    at = np.arange(steps) * STEP_S
+    for phone in phones:
+        start, end = phone.start_ms / 1000 + shift_s, phone.end_ms / 1000 + shift_s
+        inside = (at >= start) & (at < end)
+        classes[inside] = _BY_FIRST.get(phone.ipa[:1], Viseme.OTHER)
+        middle = (start + end) / 2
+        centred[inside] = np.clip(1 - np.abs(at[inside] - middle) / max(end - start, STEP_S), 0.3, 1)
+    return classes, centred
+
+
+def speak_many(count: int, seed: int) -> list[Spoken]:
+    """`count` sentences in all voices that work here, at many pitches and paces."""
+    rng = np.random.default_rng(seed)
+    speaker = Speaker()
+    extra = [v.name for v in speaker.voices() if not v.unavailable and v.engine == "espeak" and v.language[:2] == "en"]
+    out: list[Spoken] = []
+    for text in sentences(rng):
+        voice = str(rng.choice(extra)) if extra and rng.random() < 0.3 else None
+        pitch, speed = np.exp(rng.uniform(-0.45, 0.35)), np.exp(rng.uniform(-0.2, 0.25))
+        try:
+            chunks = list(
+                speaker.speak(text, voice=voice, language="en", pitch=pitch, speed=speed, seed=int(rng.integers(99)))
+            )
+        except BeaverVisionError as error:
+            raise SystemExit(f"synthetic speech failed: {error}") from error
+        resampler = Resampler(chunks[0].audio.rate_hz)
+        pcm = np.concatenate([*(resampler.push(c.audio.pcm) for c in chunks), resampler.end()])
+        edge = np.zeros(int(_EDGE_MS / 1000 * RATE_HZ))
+        pcm = np.concatenate([edge, pcm * _RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
+        rows = LOG_MEL.rows(pcm)
+        phones = tuple(p for c in chunks for p in c.phones)
+        out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
+        if len(out) == count:
+            break
+    return out
+
+
+def save(spoken: list[Spoken], path: Path) -> None:
+    np.savez_compressed(
+        path,
+        steps=np.array([len(s.classes) for s in spoken]),
+        samples=np.array([len(s.pcm) for s in spoken]),
+        pcm=np.concatenate([(s.pcm * 32767).clip(-32768, 32767).astype(np.int16) for s in spoken]),
+        classes=np.concatenate([s.classes for s in spoken]).astype(np.int8),
+        centred=np.concatenate([s.centred for s in spoken]).astype(np.float16),
+    )
+
+
+def load(path: Path) -> list[Spoken]:
+    with np.load(path) as raw:
+        steps, samples = np.cumsum(raw["steps"])[:-1], np.cumsum(raw["samples"])[:-1]
+        pieces = np.split(raw["pcm"].astype(np.float32) / 32768, samples)
+        classes = np.split(raw["classes"].astype(np.int64), steps)
+        centred = np.split(raw["centred"].astype(np.float32), steps)
+    return [Spoken(p, LOG_MEL.rows(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Synthesise the sentences that the motion network trains on.")
+    parser.add_argument("--data", type=Path, default=Path("work/data"))
+    parser.add_argument("--count", type=int, default=400, help="sentences (about 3.5 s each)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="four sentences")
+    args = parser.parse_args()
+    args.data.mkdir(parents=True, exist_ok=True)
+    save(speak_many(4 if args.smoke else args.count, args.seed), args.data / "voices.npz")
+
+
+if __name__ == "__main__":
+    main()
