@@ -62,6 +62,7 @@ _COSTS = {
 }
 _SURVEY_S = 8  # of the source are looked at first,
 _SURVEY_HZ = 4  # so many pictures a second,
+_SURVEY_CLIPS = 4  # of a caller's own source
 _SEARCH_HZ = 1  # and, where none of them has a face, so many in the rest
 
 
@@ -224,13 +225,13 @@ class Pipeline:
     def clips(self, clips: Iterable[Clip], audio: Iterable[Audio], *, face: str = "largest") -> Iterator[Clip]:
         """Bring your own source and sink: clips with frames in, the same with drawn mouths and their sound out.
 
-        It ends with the sound or with the pictures, whichever is first. The first pictures are held back to look at the face.
+        It ends with the sound or with the pictures, whichever is first. The first clips are held back to look at the face.
 
         Raises:
-            NoFaceError: the first pictures (about eight seconds) hold no face.
+            NoFaceError: the first four clips begin with no face.
         """
         incoming = iter(clips)
-        first = list(itertools.islice(incoming, 4))
+        first = list(itertools.islice(incoming, _SURVEY_CLIPS))
         nets = FaceNets()
         seen = survey([c.frames.pictures[0] for c in first], nets, FaceChoice.parse(face))
         if not seen.references:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 from collections.abc import Iterable
@@ -174,10 +175,10 @@ class FaceNets:
             self._mesh = load("face_landmarks_detector.tflite")
             self._shapes = load("face_blendshapes.tflite")
 
-    def detect(self, picture: Picture) -> tuple[Detection, ...]:
-        """All faces of a picture, best first; small ones are looked for in tiles, down to about 1/20 of the height."""
+    def detect(self, picture: Picture, *, tiles: bool = True) -> tuple[Detection, ...]:
+        """All faces of a picture, best first; with `tiles` small ones too, down to about 1/20 of the height."""
         found: list[Detection] = []
-        for crop in _search(picture.width_px, picture.height_px):
+        for crop in itertools.islice(_search(picture.width_px, picture.height_px), None if tiles else 1):
             found += self._detect_in(picture, crop)
         kept: list[Detection] = []
         for detection in sorted(found, key=lambda d: -d.score):
