@@ -257,7 +257,7 @@ def test_frames_of_the_encoder_are_freed_at_once(tmp_path: Path) -> None:
     gc.disable()
     try:
         for _ in FAST.to(tmp_path / "a.mp4")(some_clips(60)):
-            assert sum(isinstance(o, av.VideoFrame | av.AudioFrame) for o in gc.get_objects()) <= 4
+            assert sum(type(o) in (av.VideoFrame, av.AudioFrame) for o in gc.get_objects()) <= 4
     finally:
         gc.enable()
 

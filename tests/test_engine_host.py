@@ -88,8 +88,8 @@ def test_memory_limit(tmp_path: Path, files: dict[str, str], expected: int | Non
 
 def test_resident_memory_follows_use() -> None:
     before = host.rss_bytes()
-    array = np.ones(32 << 20, np.uint8)
+    array = np.ones(256 << 20, np.uint8)  # more than any heap keeps free
     after = host.rss_bytes()
-    assert after - before > 24 << 20
+    assert after - before > 192 << 20
     assert host.peak_rss_bytes() >= after - (4 << 20)
     del array
