@@ -67,6 +67,10 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
         ("memory_threshold = 0", "memory_threshold"),
         ("memory_threshold = nan", "memory_threshold"),
         ("memory_threshold = 1.01", "memory_threshold"),
+        ("serve_port = 65536", "serve_port"),
+        ("serve_workers = 0", "serve_workers"),
+        ("serve_lease_s = nan", "serve_lease_s"),
+        ("serve_wait_s = -1", "serve_wait_s"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, toml: str | bytes, message: str) -> None:

@@ -53,6 +53,20 @@ DEVICE_MEMORY_BUDGET_BYTES = Gauge(
     "beavervision_device_memory_budget_bytes", "What may be used of a device's memory", ["device"], registry=REGISTRY
 )
 JOBS = Counter("beavervision_jobs", "Jobs that ended, by outcome", ["outcome"], registry=REGISTRY)
+JOBS_QUEUED = Gauge("beavervision_jobs_queued", "Jobs that wait for a worker", registry=REGISTRY)
+JOB_SECONDS = Histogram(
+    "beavervision_job_seconds",
+    "Time from the acceptance of a job to its success",
+    buckets=(1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, 3600),
+    registry=REGISTRY,
+)
+HTTP_SECONDS = Histogram(
+    "beavervision_http_seconds",
+    "Time to the end of an answer, by route",
+    ["method", "route", "status"],
+    buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60),
+    registry=REGISTRY,
+)
 JOBS_RUNNING = Gauge("beavervision_jobs_running", "Jobs at work now", registry=REGISTRY)
 
 

@@ -17,6 +17,19 @@ from typing import Any
 from beavervision.errors import UsageError
 
 PREFIX = "BEAVERVISION_"
+_POSITIVE = (
+    "serve_workers",
+    "serve_queue",
+    "serve_attempts",
+    "serve_lease_s",
+    "serve_job_limit_s",
+    "serve_max_upload_mb",
+    "serve_max_text_chars",
+    "serve_max_media_s",
+    "serve_max_side_px",
+    "serve_link_s",
+    "serve_keep_hours",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,30 @@ class Settings:
     preset: str = "veryfast"  # x264 speed preset
     crf: int = 18
     debug: bool = False  # show tracebacks of errors
+    serve_host: str = "127.0.0.1"
+    serve_port: int = 8000  # 0: any free one
+    serve_folder: Path = Path("~/.local/share/beavervision/serve")  # database, uploads, results, audit log
+    serve_database: str = ""  # an SQLAlchemy URL; empty: SQLite in serve_folder
+    serve_workers: int = 1  # processes, each with one job at a time
+    serve_keys: str = ""  # a file of hashed API keys; empty: <serve_folder>/keys, if there is one
+    serve_open: bool = False  # let anybody in who can reach serve_host; without keys only this machine may
+    serve_secret: str = ""  # signs links to results; empty: made once and kept in serve_folder
+    serve_public_url: str = ""  # how clients reach the service; empty: as they addressed it
+    serve_cors_origins: str = ""  # web origins that may call the service, with commas between
+    serve_require_consent: bool = True
+    serve_allow_non_commercial: bool = False
+    serve_wait_s: float = 30.0  # the longest that a request waits for its result
+    serve_queue: int = 64  # jobs that may wait
+    serve_attempts: int = 3  # how often a job is begun
+    serve_lease_s: float = 15.0  # a worker silent for so long loses its job
+    serve_job_limit_s: float = 3600.0  # the longest that one attempt may take
+    serve_drain_s: float = 60.0  # how long running jobs may go on after SIGTERM
+    serve_max_upload_mb: int = 512
+    serve_max_text_chars: int = 10_000
+    serve_max_media_s: float = 600.0
+    serve_max_side_px: int = 8192
+    serve_link_s: float = 3600.0  # how long a link to a result is valid
+    serve_keep_hours: float = 24.0  # how long ended jobs and their results are kept
 
     @classmethod
     def load(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -67,10 +104,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        object.__setattr__(self, "serve_folder", self.serve_folder.expanduser())
         if not 0 < self.memory_threshold <= 1:
             raise UsageError(f"memory_threshold is a share between 0 and 1, not {self.memory_threshold}.")
         if self.threads < 0 or not 0 <= self.crf <= 51:
             raise UsageError("threads must be 0 or more, and crf between 0 and 51.")
+        if not 0 <= self.serve_port <= 65535:
+            raise UsageError(f"serve_port is a number from 0 to 65535, not {self.serve_port}.")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}.")
+        for name in ("serve_wait_s", "serve_drain_s"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
     def voice_for(self, voice: str | None, language: str | None) -> tuple[str | None, str | None]:
         """The voice and language to use where a caller asks for these two: what is asked for replaces both defaults."""

@@ -1,0 +1,145 @@
+"""Who may do what: API keys (only their hashes are kept), signed links, and the audit log."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from beavervision.errors import OutputError, UsageError
+from beavervision.settings import Settings
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LINE = re.compile(r"([A-Za-z0-9._-]{1,64})\s+([0-9a-f]{64})")
+_PRIVATE = 0o600
+
+
+def key_file(settings: Settings) -> Path:
+    return Path(settings.serve_keys).expanduser() if settings.serve_keys else settings.serve_folder / "keys"
+
+
+def add_key(path: Path, name: str) -> str:
+    """Make an API key for `name`, add its hash to the file, and return it: it is shown once.
+
+    Raises:
+        UsageError: the name is not usable, or taken.
+        OutputError: the file cannot be written.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name for a key. Use letters, digits, dots and dashes, at most 64.")
+    if path.exists() and name in Keys.load(path).names:
+        raise UsageError(f"There is a key for {name!r} already. Delete its line in {path} first.")
+    key = f"bv_{secrets.token_urlsafe(32)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE), "a") as file:
+            file.write(f"{name} {_hashed(key)}\n")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}. Check the folder and the rights.") from error
+    return key
+
+
+class Keys:
+    """The API keys of a file: one line each, a name and the SHA-256 of the key. Keys are long and random, so no salt."""
+
+    def __init__(self, owners: Mapping[str, str]) -> None:
+        self._owners = dict(owners)
+
+    @classmethod
+    def load(cls, path: Path) -> Keys:
+        """Raises UsageError if the file cannot be read."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The key file {path} cannot be read. Correct it or its rights.") from error
+        owners = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            match = _LINE.fullmatch(line.strip())
+            if match is None:
+                raise UsageError(f"{path}, line {number}: write a name, a space and the SHA-256 of the key in hex.")
+            owners[match[2]] = match[1]
+        return cls(owners)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._owners.values())
+
+    def owner(self, key: str) -> str | None:
+        """Whose key this is."""
+        return self._owners.get(_hashed(key))
+
+
+def _hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def secret(settings: Settings) -> bytes:
+    """What links are signed with: the setting, else made once and kept in the folder of the service."""
+    if settings.serve_secret:
+        return settings.serve_secret.encode()
+    path = settings.serve_folder / "secret"
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}. Check the folder and the rights.") from error
+    return path.read_bytes().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Signs addresses for a time: HMAC-SHA256 over the path and the second it expires in."""
+
+    secret: bytes
+    valid_s: float
+
+    def sign(self, path: str) -> tuple[str, int]:
+        """The query that makes `path` valid, and when it expires (seconds since the epoch)."""
+        expires_s = int(time.time() + self.valid_s)
+        return urlencode({"expires": expires_s, "signature": self._signature(path, expires_s)}), expires_s
+
+    def holds(self, path: str, expires_s: int, signature: str) -> bool:
+        """Whether this service signed that; not whether it has expired."""
+        return hmac.compare_digest(self._signature(path, expires_s).encode(), signature.encode())
+
+    def _signature(self, path: str, expires_s: int) -> str:
+        return hmac.new(self.secret, f"{path}\n{expires_s}".encode(), hashlib.sha256).hexdigest()
+
+
+class Audit:
+    """A log of who did what, a JSON document a line. Several processes may write to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, event: str, **facts: Any) -> None:
+        line = json.dumps({"time_s": round(time.time(), 3), "event": event, **facts}) + "\n"
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE)
+        try:
+            os.write(descriptor, line.encode())  # one call, so that lines of several processes do not mix
+        finally:
+            os.close(descriptor)

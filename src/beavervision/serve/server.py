@@ -1,0 +1,105 @@
+"""The server process: the API on a socket, the workers beside it, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import uvicorn
+
+from beavervision.errors import UsageError
+from beavervision.serve.app import create_app
+from beavervision.serve.service import Service
+from beavervision.settings import Settings
+
+_CLOSING_S = 3  # for answers on their way when the server ends
+_BACKLOG = 128
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C: then no job is taken any more, running ones may end for `serve_drain_s`, and what
+    does not end goes back to the queue for the next start. A second signal ends it at once.
+
+    Raises:
+        UsageError: the address or the folder is in use, or other machines could reach it without keys.
+        OutputError: the folder cannot be written.
+    """
+    service = Service(settings)
+    try:
+        with _only_one(settings), _listening(settings) as listener:
+            service.supervisor.start()
+            config = uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                loop="asyncio",
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=_CLOSING_S,
+            )
+            _Server(config, service, settings.serve_drain_s).run(sockets=[listener])
+    finally:
+        service.close()
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    """One server to a folder: each cleans up in it."""
+    with (settings.serve_folder / "lock").open("w") as lock:
+        with suppress(ImportError):
+            import fcntl  # not on every system
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    f"{settings.serve_folder} is served already. Stop that server, or set BEAVERVISION_SERVE_FOLDER."
+                ) from error
+        yield
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    host, port = settings.serve_host, settings.serve_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Choose another --port or --host."
+        ) from error
+    with listener:
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        print(f"Serving on http://{shown}:{listener.getsockname()[1]} (stop with Ctrl-C)", flush=True)
+        yield listener
+
+
+class _Server(uvicorn.Server):
+    """Drains before it ends: it goes on answering while running jobs end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_s = service, drain_s
+        self._asked = False
+        self._until_s: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not the base class's: that would end the process by the signal in the end.
+        if self._asked:
+            self.should_exit = True
+        self._asked = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._asked and self._until_s is None:
+            self._until_s = time.monotonic() + self._drain_s
+            await asyncio.to_thread(self._service.drain)
+        if self._until_s is not None and (self._service.supervisor.idle or time.monotonic() > self._until_s):
+            return True
+        return await super().on_tick(counter)

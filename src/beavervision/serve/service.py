@@ -1,0 +1,352 @@
+"""What the API does, without HTTP: who may come in, and what becomes of a request for a job."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from beavervision import metrics
+from beavervision.errors import LicenceError, UsageError
+from beavervision.models.cards import BEAVER, CARDS, ModelCard
+from beavervision.models.store import ModelStore
+from beavervision.serve import exposition
+from beavervision.serve.access import Keys, Links, is_loopback, key_file, secret
+from beavervision.serve.guard import Limits, examine
+from beavervision.serve.jobs import Job, KeyReusedError, NewJob, QueueFullError, State, new_id
+from beavervision.serve.place import Place
+from beavervision.serve.problems import Problem, of_validation
+from beavervision.serve.schema import (
+    LipsyncSettings,
+    ModelOut,
+    PhoneTime,
+    SpeechOut,
+    SpeechRequest,
+    StatusOut,
+    VoiceOut,
+    VoiceSettings,
+    WorkerOut,
+)
+from beavervision.serve.supervisor import Supervisor
+from beavervision.serve.upload import Upload
+from beavervision.settings import Settings
+from beavervision.speech import Phone, Speaker, SpeechChunk, write_wav
+
+_EXAMINED_AT_ONCE = 2
+_SPEECH_WAIT_S = 10.0
+_FREE_BYTES = 256 << 20  # of disk, beyond the largest upload
+_RETRY_S = (1, 600)  # the least and the most that a client is told to wait
+_RETRY_UNKNOWN_S = 10
+
+
+class Service:
+    """The state of one server process. Safe from many threads.
+
+    Raises:
+        UsageError: it would be open to other machines without keys; a setting cannot be used.
+        ModelError: the default voice needs something that is not installed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        path = key_file(settings)
+        self.keys = Keys.load(path) if settings.serve_keys or path.exists() else None
+        if self.keys is None and not settings.serve_open and not is_loopback(settings.serve_host):
+            raise UsageError(
+                f"On {settings.serve_host} other machines can reach the service, and it has no API keys. Make one with "
+                "`beavervision serve --new-key NAME`, or let everybody in with BEAVERVISION_SERVE_OPEN=1."
+            )
+        self.settings = settings
+        usable = [model.name for model in self.models() if model.usable]
+        if settings.model not in usable:
+            raise UsageError(
+                f"The default model {settings.model!r} cannot be used here. Set one of: {', '.join(usable)}."
+            )
+        self._speaker = Speaker(threads=1)
+        self._speaker.voice(*settings.voice_for(None, None))
+        self.place = Place.open(settings)
+        self.links = Links(secret(settings), settings.serve_link_s)
+        self.supervisor = Supervisor(settings, self.place)
+        self.draining = threading.Event()
+        self._speaking = threading.BoundedSemaphore(1)
+        self._examining = threading.BoundedSemaphore(_EXAMINED_AT_ONCE)
+        self._began_s = time.monotonic()
+
+    def drain(self) -> None:
+        """Take no new job; let those at work end."""
+        self.draining.set()
+        self.supervisor.drain()
+
+    def close(self) -> None:
+        self.supervisor.stop()
+        self.place.table.close()
+
+    # Jobs ----------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Raises Problem (503, with Retry-After) if no job can be taken now."""
+        if self.draining.is_set():
+            raise Problem(
+                503, "draining", "The service is being stopped. Try again in a moment.", headers={"Retry-After": "10"}
+            )
+        if self.place.table.counts()[State.QUEUED] >= self.settings.serve_queue:
+            raise self._full()
+        free = shutil.disk_usage(self.settings.serve_folder).free
+        if free < _FREE_BYTES + (self.settings.serve_max_upload_mb << 20):
+            raise Problem(
+                503, "storage", "The service is short of disk space. Try again later.", headers={"Retry-After": "600"}
+            )
+
+    def _full(self) -> Problem:
+        mean_s = self.place.table.figures().work_mean_s
+        wait_s = _RETRY_UNKNOWN_S if mean_s is None else round(mean_s / self.settings.serve_workers)
+        wait_s = min(max(wait_s, _RETRY_S[0]), _RETRY_S[1])
+        detail = f"{self.settings.serve_queue} jobs wait already. Try again in {wait_s} s."
+        return Problem(503, "queue_full", detail, headers={"Retry-After": str(wait_s)})
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for the time of a request."""
+        folder = Path(tempfile.mkdtemp(prefix="request-", dir=self.place.scratch))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def accept(self, upload: Upload, owner: str, address: str, idempotency_key: str | None) -> Job:
+        """Check everything that can be checked, and queue the job. Its files are taken over.
+
+        Raises:
+            Problem, BeaverVisionError: it is refused.
+        """
+        new = NewJob(new_id(), owner, {}, upload.fingerprint, idempotency_key)
+        try:
+            earlier = self.place.table.by_key(new)
+        except KeyReusedError as error:
+            raise _reused() from error
+        if earlier is not None:
+            return earlier
+        try:
+            settings = LipsyncSettings.model_validate_json(upload.fields.get("settings") or "{}")
+        except ValidationError as error:
+            raise of_validation(error, "settings") from error
+        consent = upload.fields.get("consent", "").strip().lower() in ("true", "1", "yes", "on")
+        if self.settings.serve_require_consent and not consent:
+            raise Problem(
+                422,
+                "consent",
+                "Confirm that you have the right to use this face and voice: send the field consent=true.",
+            )
+        video, audio, text = upload.files.get("video"), upload.files.get("audio"), upload.fields.get("text")
+        if video is None:
+            raise Problem(422, "usage", "There is no face: send a video or a picture in the field video.")
+        if (audio is None) == (text is None):
+            raise Problem(
+                422, "usage", "Say what the face should speak: send exactly one of the fields text and audio."
+            )
+        if text is not None:
+            self._check_text(text, settings)
+        if settings.model is not None:
+            self._check_model(settings.model)
+        limits = Limits(self.settings.serve_max_side_px, self.settings.serve_max_media_s)
+        with self._examining:
+            examine(video, audio, limits)
+        request = {
+            "settings": settings.model_dump(exclude_none=True),
+            "text": text,
+            "audio": audio is not None,
+            "consent": consent,
+        }
+        new = NewJob(new.id, owner, request, upload.fingerprint, idempotency_key)
+        job = self._queue(new, upload)
+        if job.id == new.id:
+            self.place.audit.write(
+                "accepted",
+                job=job.id,
+                owner=owner,
+                address=address,
+                consent=consent,
+                fingerprint=upload.fingerprint,
+                text=text is not None,
+            )
+        return job
+
+    def _queue(self, new: NewJob, upload: Upload) -> Job:
+        queued = False
+        try:
+            for name, path in upload.files.items():
+                self.place.storage.put(path, f"{new.id}/in/{name}")
+            job, queued = self.place.table.add(new, self.settings.serve_queue)
+            return job
+        except QueueFullError as error:
+            raise self._full() from error
+        except KeyReusedError as error:
+            raise _reused() from error
+        finally:
+            if not queued:
+                self.place.storage.remove(new.id)
+
+    def _check_text(self, text: str, settings: LipsyncSettings) -> None:
+        if len(text) > self.settings.serve_max_text_chars:
+            limit = f"{self.settings.serve_max_text_chars} characters"
+            raise Problem(
+                422, "text", f"The text has {len(text)} characters; {limit} are allowed. Split it into parts."
+            )
+        self._chunks(text, settings)
+
+    def _check_model(self, name: str) -> None:
+        model = next((m for m in self.models() if m.name == name), None)
+        usable = [m.name for m in self.models() if m.usable]
+        if model is not None and model.non_commercial and not self.settings.serve_allow_non_commercial:
+            raise LicenceError(f"The model {name} may not be used commercially. Use one of: {', '.join(usable)}.")
+        if name not in usable:
+            raise Problem(422, "model", f"There is no model {name!r} here. Use one of: {', '.join(usable)}.")
+
+    def job(self, job_id: str, owner: str) -> Job:
+        """Raises Problem (404) if `owner` has no such job."""
+        job = self.place.table.get(job_id)
+        if job is None or job.owner != owner:
+            raise no_job()
+        return job
+
+    def cancel(self, job_id: str, owner: str) -> Job:
+        self.job(job_id, owner)
+        if self.place.table.cancel(job_id):
+            self.place.storage.remove(job_id)
+            metrics.JOBS.labels(State.CANCELLED.value).inc()
+            self.place.audit.write("cancelled", job=job_id, owner=owner)
+        return self.job(job_id, owner)
+
+    def delete(self, job_id: str, owner: str) -> None:
+        self.cancel(job_id, owner)
+        self.place.table.remove(job_id)
+        self.place.storage.remove(job_id)
+        self.place.audit.write("deleted", job=job_id, owner=owner)
+
+    def result(self, job: Job) -> Path:
+        """The video of a job.
+
+        Raises:
+            Problem: it has none.
+        """
+        if job.result_key is None:
+            raise Problem(409, "no_result", f"The job is {job.state}: it has no result. Look at its resource.")
+        try:
+            return self.place.storage.fetch(job.result_key)
+        except FileNotFoundError as error:
+            raise Problem(410, "gone", "The result has expired. Send the job again.") from error
+
+    # Speech --------------------------------------------------------------------------------------
+
+    def _chunks(self, text: str, settings: VoiceSettings) -> Iterator[SpeechChunk]:
+        chosen = self._speaker.voice(*self.settings.voice_for(settings.voice, settings.language))
+        return self._speaker.speak(
+            text, voice=chosen.name, speed=settings.speed, pitch=settings.pitch, seed=settings.seed
+        )
+
+    def speak(self, request: SpeechRequest) -> SpeechOut:
+        """A text as sound, with the times of its phones."""
+        chosen = self._speaker.voice(*self.settings.voice_for(request.voice, request.language))
+        chunks = self._chunks(request.text, request)
+        phones: list[Phone] = []
+        dropped: list[str] = []
+
+        def noted() -> Iterator[SpeechChunk]:
+            for chunk in chunks:
+                phones.extend(chunk.phones)
+                dropped.extend(chunk.dropped)
+                yield chunk
+
+        if not self._speaking.acquire(timeout=_SPEECH_WAIT_S):
+            raise Problem(
+                503, "busy", "Others are being spoken to. Try again in a moment.", headers={"Retry-After": "5"}
+            )
+        try:
+            with self.scratch() as folder:
+                samples = write_wav(noted(), folder / "speech.wav")
+                sound = (folder / "speech.wav").read_bytes()
+        finally:
+            self._speaking.release()
+        return SpeechOut(
+            voice=chosen.name,
+            language=chosen.language,
+            licence=chosen.licence,
+            rate_hz=chosen.rate_hz,
+            seconds=round(samples / chosen.rate_hz, 3),
+            left_out="".join(dict.fromkeys(dropped)),
+            timing=chosen.timing.value,
+            phones=[PhoneTime(**asdict(phone)) for phone in phones],
+            audio_base64=base64.b64encode(sound).decode(),
+        )
+
+    def voices(self) -> list[VoiceOut]:
+        return [VoiceOut(**(asdict(voice) | {"timing": voice.timing.value})) for voice in self._speaker.voices()]
+
+    # What there is -------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelOut]:
+        stored = [model.card for model in ModelStore(self.settings.data_dir).list()]
+        allow = self.settings.serve_allow_non_commercial
+        names = {card.name for card in stored}
+        cards = [(card, card.name == BEAVER.name) for card in CARDS if card.name not in names]
+        cards += [(card, allow or not card.non_commercial) for card in stored]
+        return [_model_out(card, usable) for card, usable in cards]
+
+    def status(self) -> StatusOut:
+        counts, figures = self.place.table.counts(), self.place.table.figures()
+        return StatusOut(
+            version=_version(),
+            uptime_s=round(time.monotonic() - self._began_s, 1),
+            draining=self.draining.is_set(),
+            workers=[
+                WorkerOut(name=w.slot, pid=w.pid, ready=w.ready, restarts=w.restarts) for w in self.supervisor.workers()
+            ],
+            memory=exposition.memory(self.place.workers),
+            queued=counts[State.QUEUED],
+            running=counts[State.RUNNING],
+            succeeded=figures.succeeded,
+            failed=figures.failed,
+            cancelled=figures.cancelled,
+            processed_hours=round(figures.processed_hours, 6),
+            success_rate=figures.success_rate,
+            response_p50_s=figures.response_p50_s,
+            response_p95_s=figures.response_p95_s,
+            free_disk_bytes=shutil.disk_usage(self.settings.serve_folder).free,
+        )
+
+
+def no_job() -> Problem:
+    return Problem(404, "no_job", "There is no such job: it was deleted, has expired, or belongs to another key.")
+
+
+def _reused() -> Problem:
+    return Problem(
+        422, "idempotency", "This Idempotency-Key came with another request before. Use a new key for a new request."
+    )
+
+
+def _model_out(card: ModelCard, usable: bool) -> ModelOut:
+    return ModelOut(
+        name=card.name,
+        kind=card.kind,
+        summary=card.summary,
+        licence_code=card.licence_code,
+        licence_weights=card.licence_weights,
+        non_commercial=card.non_commercial,
+        usable=usable,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("beavervision")
+    except PackageNotFoundError:
+        return "not installed"

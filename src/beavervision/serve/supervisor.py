@@ -1,0 +1,202 @@
+"""Starts the workers, starts them again when they die, and keeps the folders clean."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import pickle
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from beavervision.serve.jobs import State
+from beavervision.serve.place import Place, Task
+from beavervision.settings import Settings
+
+_LOOK_S = 0.1
+_SWEEP_S = 30.0
+_PAUSES_S = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0)  # before a worker that keeps dying is started again
+_HEALTHY_S = 60.0  # a worker that lived so long begins at the first pause again
+_ORPHAN_S = 3600.0  # files without a job are removed when they are older
+_LOG = logging.getLogger("beavervision.serve")
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One place for a worker; `name` is the process's that has it now."""
+
+    slot: str
+    name: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    began_s: float = 0.0
+    next_s: float = 0.0
+    restarts: int = 0
+    deaths: int = 0  # one after another
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """A worker as the server knows it."""
+
+    slot: str
+    pid: int | None
+    ready: bool
+    restarts: int
+
+
+class Supervisor:
+    """The workers of one server, watched by a thread."""
+
+    def __init__(self, settings: Settings, place: Place) -> None:
+        self._settings, self._place = settings, place
+        self._slots = [_Slot(f"worker-{number}") for number in range(settings.serve_workers)]
+        self._lock = threading.Lock()
+        self._draining = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        for path in self._place.scratch.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self._place.workers.iterdir():
+            path.unlink(missing_ok=True)
+        self._thread.start()
+
+    def workers(self) -> list[WorkerState]:
+        with self._lock:
+            return [
+                WorkerState(
+                    s.slot,
+                    None if s.process is None else s.process.pid,
+                    s.process is not None and (self._place.workers / f"{s.slot}.prom").exists(),
+                    s.restarts,
+                )
+                for s in self._slots
+            ]
+
+    def drain(self) -> None:
+        """Let each worker finish its job and end; none is started any more."""
+        with self._lock:
+            self._draining = True
+            for slot in self._slots:
+                if slot.process is not None and slot.process.stdin is not None:
+                    try:
+                        slot.process.stdin.write(b"drain\n")
+                        slot.process.stdin.flush()
+                    except OSError:
+                        continue
+
+    @property
+    def idle(self) -> bool:
+        """Whether no worker runs."""
+        with self._lock:
+            return all(slot.process is None for slot in self._slots)
+
+    def stop(self, patience_s: float = 3.0) -> None:
+        """End all workers now: their jobs go back to the table."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._lock:
+            self._draining = True
+            for slot in self._slots:
+                _hang_up(slot.process)
+            until_s = time.monotonic() + patience_s
+            for slot in self._slots:
+                if slot.process is None:
+                    continue
+                try:
+                    slot.process.wait(max(0.0, until_s - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    slot.process.kill()
+                    slot.process.wait()
+                self._buried(slot)
+
+    def _watch(self) -> None:
+        next_sweep_s = 0.0
+        while not self._over.wait(_LOOK_S):
+            with self._lock:
+                for slot in self._slots:
+                    self._look(slot)
+            if time.monotonic() >= next_sweep_s:
+                try:
+                    self.sweep()
+                except (SQLAlchemyError, OSError) as error:
+                    _LOG.warning("cleaning up failed and is tried again: %s", error)
+                next_sweep_s = time.monotonic() + _SWEEP_S
+
+    def _look(self, slot: _Slot) -> None:
+        now_s = time.monotonic()
+        if slot.process is None:
+            if not self._draining and now_s >= slot.next_s:
+                self._begin(slot)
+            return
+        code = slot.process.poll()
+        if code is None:
+            return
+        _hang_up(slot.process)
+        self._buried(slot)
+        if not self._draining:
+            _LOG.warning("%s ended with code %d and is started again", slot.slot, code)
+            slot.deaths = slot.deaths + 1 if now_s - slot.began_s < _HEALTHY_S else 1
+            slot.restarts += 1
+            slot.next_s = now_s + _PAUSES_S[min(slot.deaths, len(_PAUSES_S)) - 1]
+
+    def _begin(self, slot: _Slot) -> None:
+        slot.name = f"{slot.slot}-{secrets.token_hex(6)}"
+        slot.began_s = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "beavervision.serve.worker"], stdin=subprocess.PIPE, stderr=sys.stderr
+            )
+        except OSError as error:
+            _LOG.error("%s cannot be started: %s", slot.slot, error)
+            slot.next_s = slot.began_s + _PAUSES_S[-1]
+            return
+        slot.process = process
+        assert process.stdin is not None
+        try:
+            process.stdin.write(base64.b64encode(pickle.dumps(Task(self._settings, slot.name, slot.slot))) + b"\n")
+            process.stdin.flush()
+        except OSError:  # dead already: the next look sees it
+            return
+
+    def _buried(self, slot: _Slot) -> None:
+        """What a dead worker had goes to the next."""
+        slot.process = None
+        (self._place.workers / f"{slot.slot}.prom").unlink(missing_ok=True)
+        try:
+            self._place.table.release(slot.name)
+        except SQLAlchemyError as error:  # then the lease runs out
+            _LOG.warning("the lease of %s cannot be released: %s", slot.slot, error)
+
+    def sweep(self) -> None:
+        """Remove jobs past their time, and files that belong to no job any more."""
+        table, storage = self._place.table, self._place.storage
+        for job_id in table.ended_before(time.time() - self._settings.serve_keep_hours * 3600):
+            storage.remove(job_id)
+            table.remove(job_id)
+            self._place.audit.write("expired", job=job_id)
+        for group, changed_s in storage.groups():
+            job = table.get(group)
+            if job is None:
+                if changed_s < time.time() - _ORPHAN_S:
+                    storage.remove(group)
+            elif job.state is State.SUCCEEDED:
+                storage.remove(f"{group}/in")
+            elif job.ended:
+                storage.remove(group)
+
+
+def _hang_up(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None and process.stdin is not None:
+        try:
+            process.stdin.close()
+        except OSError:
+            return

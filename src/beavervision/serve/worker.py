@@ -1,0 +1,257 @@
+"""A worker process: loads the networks once, takes jobs one after another, and tells the table that it lives.
+
+The server starts it with ``python -m beavervision.serve.worker`` and talks to it over its standard input: first the
+pickled :class:`~beavervision.serve.place.Task`, later a line ``drain``: finish the job at work and end. The end of the
+input means that the server is gone: the job goes back to the table at once, unharmed, for whoever takes it next.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import pickle
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from beavervision import metrics
+from beavervision.engine.host import cores
+from beavervision.errors import BeaverVisionError, DeviceError, Interrupted, OutputError
+from beavervision.pipeline import Pipeline
+from beavervision.serve.jobs import Job, State
+from beavervision.serve.place import Place, Task
+from beavervision.settings import Settings
+
+_BEAT_S = 0.4  # so that a cancelled job stops within a second
+_POLL_S = 0.1
+_TELL_S = 2.0  # between two writings of the metrics
+_PIPELINES = 2  # models loaded at once
+_LOG = logging.getLogger("beavervision.serve.worker")
+
+
+class Worker:
+    """Takes jobs until it is told to stop."""
+
+    def __init__(self, task: Task) -> None:
+        self._name, self._slot = task.name, task.slot
+        threads = task.settings.threads or max(1, cores() // task.settings.serve_workers)
+        self._settings = replace(task.settings, threads=threads)
+        self._place = Place.open(task.settings)
+        self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
+        self._stop = threading.Event()
+        self._abandon = threading.Event()
+        self._told_s = 0.0
+
+    def listen(self, commands: RawIOBase) -> None:
+        """Obey the server until it goes away; to be run in a thread."""
+        for line in commands:
+            if line.strip() == b"drain":
+                self._stop.set()
+        self._abandon.set()
+        self._stop.set()
+
+    def drain(self, *_: object) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        scratch = self._place.scratch / self._slot
+        shutil.rmtree(scratch, ignore_errors=True)  # what a killed predecessor left
+        self._pipeline(self._settings.model)
+        self._tell()
+        while not self._stop.is_set():
+            try:
+                job = self._place.table.take(self._name)
+            except SQLAlchemyError as error:
+                _LOG.warning("the database does not answer: %s", error)
+                self._stop.wait(_BEAT_S)
+                continue
+            if job is None:
+                self._stop.wait(_POLL_S)
+            else:
+                try:
+                    self._work(job, scratch)
+                except (SQLAlchemyError, OSError) as error:  # the lease will pass, and the job will be taken again
+                    _LOG.warning("job %s: the database or the disk fails: %s", job.id, error)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+            self._tell()
+
+    def _work(self, job: Job, scratch: Path) -> None:
+        table, storage = self._place.table, self._place.storage
+        scratch.mkdir(parents=True, exist_ok=True)
+        lease = _Lease(self._place, job, self._settings, self._abandon, self._tell)
+        metrics.JOBS_RUNNING.inc()
+        state: State | None = None
+        try:
+            with lease.kept():
+                out = scratch / "result.mp4"
+                report = self._draw(job, out, lease)
+                # the scratch is on the storage's file system: this is a rename
+                key = f"{job.id}/out/{secrets.token_hex(8)}.mp4"
+                storage.put(out, key)
+            seconds, pictures = report["output"]["seconds"], report["output"]["pictures"]
+            if table.succeed(job, report, key, seconds, pictures):
+                state = State.SUCCEEDED
+                metrics.JOB_SECONDS.observe(time.time() - job.created_s)
+            else:
+                storage.remove(key)
+        except Interrupted:
+            if lease.too_long:
+                limit = f"The job took longer than {self._settings.serve_job_limit_s:g} s. Use a shorter text or video."
+                state = table.fail(job, "time_limit", limit)
+            elif self._abandon.is_set():
+                table.give_back(job)
+        except FileNotFoundError:
+            state = table.fail(job, "input", "What was uploaded for the job is gone. Send it again.")
+        except BeaverVisionError as error:
+            passing = isinstance(error, (DeviceError, OutputError))
+            state = table.fail(job, error.code, _clean(str(error), self._settings.serve_folder), passing=passing)
+        except MemoryError:
+            state = table.fail(job, "device", "The memory is used up. Use a smaller video.", passing=True)
+        except Exception:
+            _LOG.exception("job %s", job.id)
+            state = table.fail(
+                job, "error", f"Something unexpected happened. Please report it with the job's id, {job.id}."
+            )
+        finally:
+            metrics.JOBS_RUNNING.dec()
+        if state in (State.SUCCEEDED, State.FAILED):
+            metrics.JOBS.labels(state.value).inc()
+            storage.remove(f"{job.id}/in" if state is State.SUCCEEDED else job.id)
+            self._place.audit.write("ended", job=job.id, owner=job.owner, state=state.value, attempts=job.attempts)
+
+    def _draw(self, job: Job, out: Path, lease: _Lease) -> dict[str, Any]:
+        request, options = job.request, dict(job.request["settings"])
+        pipeline = self._pipeline(options.pop("model", None) or self._settings.model)
+        audio = self._place.storage.fetch(f"{job.id}/in/audio") if request["audio"] else None
+        video = self._place.storage.fetch(f"{job.id}/in/video")
+        done = pipeline.lipsync(
+            video, out, text=request["text"], audio=audio, on_progress=lease.told, cancel=lease.cancel, **options
+        ).as_dict()
+        for part in ("output", "source", "speech"):  # a client is not told this machine's folders
+            done[part] = {name: value for name, value in done[part].items() if name != "path"}
+        done["notes"] = [_clean(note, self._settings.serve_folder) for note in done["notes"]]
+        return done
+
+    def _pipeline(self, model: str) -> Pipeline:
+        if model in self._pipelines:
+            self._pipelines.move_to_end(model)
+        else:
+            while len(self._pipelines) >= _PIPELINES:
+                self._pipelines.popitem(last=False)
+            allow = self._settings.serve_allow_non_commercial
+            self._pipelines[model] = Pipeline(model, allow_non_commercial=allow, settings=self._settings)
+        return self._pipelines[model]
+
+    def _tell(self) -> None:
+        """Write the metrics where the server finds them; the first time says that the worker is ready."""
+        if time.monotonic() < self._told_s:
+            return
+        self._told_s = time.monotonic() + _TELL_S
+        for pipeline in self._pipelines.values():
+            for budget in pipeline.budgets:
+                with suppress(DeviceError):
+                    budget.check()
+        path = self._place.workers / f"{self._slot}.prom"
+        partial = path.with_suffix(".part")
+        try:
+            partial.write_bytes(metrics.exposition())
+            partial.replace(path)
+        except OSError as error:
+            _LOG.warning("the metrics cannot be written: %s", error)
+
+
+class _Lease:
+    """The hold on one job: renewed by a thread of its own, until it is lost or given up."""
+
+    def __init__(
+        self, place: Place, job: Job, settings: Settings, abandon: threading.Event, each_beat: Callable[[], None]
+    ) -> None:
+        self.cancel = threading.Event()
+        self.too_long = False
+        self._place, self._job, self._abandon, self._each_beat = place, job, abandon, each_beat
+        self._lease_s, self._limit_s = settings.serve_lease_s, settings.serve_job_limit_s
+        self._progress: tuple[int, int | None] = (0, None)
+        self._first: tuple[float, int] | None = None
+        self._per_s = 0.0
+        self._over = threading.Event()
+
+    def told(self, pictures: int, expected: int | None) -> None:
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first = now_s, pictures
+        elif now_s > self._first[0]:
+            self._per_s = (pictures - self._first[1]) / (now_s - self._first[0])
+        self._progress = pictures, expected
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _keep(self) -> None:
+        began_s = renewed_s = time.monotonic()
+        while not self._over.wait(_BEAT_S):
+            now_s = time.monotonic()
+            self.too_long = now_s - began_s > self._limit_s
+            if self.too_long or self._abandon.is_set():
+                break
+            try:
+                if not self._place.table.beat(self._job, *self._progress, self._per_s):
+                    break
+                renewed_s = now_s
+                self._each_beat()
+            except SQLAlchemyError as error:
+                _LOG.warning("job %s: no heartbeat: %s", self._job.id, error)
+                if now_s - renewed_s > self._lease_s:
+                    break
+        else:
+            return
+        self.cancel.set()
+
+
+def _clean(message: str, root: Path) -> str:
+    """A message without this machine's folders."""
+    told = re.sub(rf"{re.escape(str(root))}\S*?/(video|audio|result)(\.mp4)?", r"the \1", message)
+    told = told.replace(str(root), "").replace("--face", "`face`")
+    return told[:1].upper() + told[1:]
+
+
+def main() -> None:
+    """The process, from its first byte of input to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's whole group: the server decides
+    logging.basicConfig(level=logging.WARNING, format="worker: %(message)s")
+    # Unbuffered: a thread that waits in a buffered reader would hold its lock when the interpreter ends.
+    commands = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
+    task = pickle.loads(base64.b64decode(commands.readline()))
+    assert isinstance(task, Task)
+    worker = Worker(task)
+    signal.signal(signal.SIGTERM, worker.drain)
+    threading.Thread(target=worker.listen, args=(commands,), name="commands", daemon=True).start()
+    try:
+        worker.run()
+    except BeaverVisionError as error:
+        _LOG.error("cannot work: %s", error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Parts of the service on their own: the look at hostile media, storage, keys and links, cleaning up, leases."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="the service needs the extra serve")
+
+from beavervision.errors import MediaError, NoAudioError, UsageError
+from beavervision.serve import worker
+from beavervision.serve.access import Keys, Links, add_key, is_loopback, secret
+from beavervision.serve.guard import Limits, examine
+from beavervision.serve.jobs import Job, NewJob, State, new_id
+from beavervision.serve.place import Place
+from beavervision.serve.storage import LocalStorage
+from beavervision.serve.supervisor import Supervisor
+from beavervision.settings import Settings
+from tests.media_factory import beeps, make_sound, make_video
+
+LIMITS = Limits(side_px=200, seconds=10)
+
+
+# --- hostile media ----------------------------------------------------------------------------------------------------
+
+
+def test_ordinary_media_pass(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", pictures=3)
+    sound = make_sound(tmp_path / "a.wav", beeps(8000, 8000, [Fraction(0)]), 8000)
+    examine(video, sound, LIMITS)
+
+
+def test_ten_hours_in_few_pictures_are_refused(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", pictures=41, times=[Fraction(900 * i) for i in range(41)])
+    with pytest.raises(MediaError, match=r"The video is 3\d{4} s long; 10 s are allowed"):
+        examine(video, None, LIMITS)
+
+
+def test_a_rate_that_no_camera_has_is_refused(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", pictures=20, rate=Fraction(1000))
+    with pytest.raises(MediaError, match="1000 pictures a second; 240 are allowed"):
+        examine(video, None, LIMITS)
+
+
+def test_a_bomb_of_a_picture_is_refused(tmp_path: Path) -> None:
+    bomb = tmp_path / "a.png"
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    bomb.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    )
+    with pytest.raises(MediaError, match="pixels"):
+        examine(bomb, None, LIMITS)
+
+
+def test_what_is_larger_or_longer_than_allowed_is_refused(tmp_path: Path) -> None:
+    wide = make_video(tmp_path / "a.mp4", pictures=2, size=(256, 96))
+    with pytest.raises(MediaError, match=r"256x96 pixels; a side may have 200"):
+        examine(wide, None, LIMITS)
+    long = make_sound(tmp_path / "a.wav", np.zeros((1, 8000 * 11), np.float32), 8000)
+    with pytest.raises(MediaError, match="The audio is 11 s long"):
+        examine(None, long, LIMITS)
+    with pytest.raises(NoAudioError, match="The audio has no sound"):
+        examine(None, make_video(tmp_path / "b.mp4", pictures=2), LIMITS)
+
+
+def test_the_child_has_limits() -> None:
+    code = (
+        "from beavervision.serve import guard; import resource; guard._limit()\n"
+        "print(resource.getrlimit(resource.RLIMIT_CPU)[1])\n"
+        "try:\n    bytearray(guard._MEMORY_BYTES)\nexcept MemoryError:\n    print('refused')\n"
+        "try:\n    open('/tmp/guard_writes', 'wb', 0).write(b'x')\nexcept OSError as error:\n    print(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["20", "refused", "27"]
+    Path("/tmp/guard_writes").unlink()
+
+
+def test_a_child_that_dies_refuses_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(MediaError, match="within the limits"):
+        examine(tmp_path / "a.mp4", None, LIMITS)
+
+
+# --- storage, keys, links ---------------------------------------------------------------------------------------------
+
+
+def test_storage_keeps_what_it_is_given_and_nothing_outside(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "root")
+    for key in ("j1/in/video", "j1/out/a.mp4", "j2/in/video"):
+        (tmp_path / "new").write_text(key)
+        storage.put(tmp_path / "new", key)
+    assert storage.fetch("j1/out/a.mp4").read_text() == "j1/out/a.mp4"
+    assert sorted(name for name, _ in storage.groups()) == ["j1", "j2"]
+    storage.remove("j1/in")
+    with pytest.raises(FileNotFoundError):
+        storage.fetch("j1/in/video")
+    storage.remove("j1/out/a.mp4")
+    storage.remove("j2")
+    storage.remove("none")
+    assert list(storage.groups()) == []
+    for key in ("../a", "/etc/passwd", "a/../b", "", "a/b/c/d", "a/.b"):
+        with pytest.raises(ValueError, match="no key"):
+            storage.fetch(key)
+
+
+def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    key = add_key(path, "ann")
+    assert key not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    assert Keys.load(path).owner(key) == "ann"
+    assert Keys.load(path).owner(key[:-1]) is None
+    with pytest.raises(UsageError, match="already"):
+        add_key(path, "ann")
+    with pytest.raises(UsageError, match="no name"):
+        add_key(path, "a b")
+    path.write_text("ann secret\n")
+    with pytest.raises(UsageError, match="line 1"):
+        Keys.load(path)
+
+
+def test_the_secret_is_made_once_and_links_depend_on_it(tmp_path: Path) -> None:
+    settings = Settings(serve_folder=tmp_path)
+    links = Links(secret(settings), 60)
+    assert secret(settings) == links.secret
+    query = dict(part.split("=") for part in links.sign("/a")[0].split("&"))
+    expires_s, signature = int(query["expires"]), query["signature"]
+    assert links.holds("/a", expires_s, signature)
+    assert not links.holds("/b", expires_s, signature)
+    assert not links.holds("/a", expires_s + 1, signature)
+    assert not Links(b"other", 60).holds("/a", expires_s, signature)
+    assert not links.holds("/a", expires_s, "é")
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("10.0.0.1", False), ("a.b", False)],
+)
+def test_what_is_this_machine(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+# --- cleaning up, and leases ------------------------------------------------------------------------------------------
+
+
+def test_what_is_past_its_time_or_belongs_to_nobody_is_removed(tmp_path: Path) -> None:
+    settings = Settings(serve_folder=tmp_path, serve_keep_hours=1)
+    place = Place.open(settings)
+    supervisor = Supervisor(settings, place)
+
+    def put(key: str) -> None:
+        (tmp_path / "new").write_text("x")
+        place.storage.put(tmp_path / "new", key)
+
+    ids = {}
+    for name in ("done", "failed", "waiting"):
+        ids[name], _ = place.table.add(NewJob(new_id(), "me", {}, "f"), 10)
+        put(f"{ids[name].id}/in/video")
+        if name != "waiting":
+            job = place.table.take("w")
+            assert job is not None
+            put(f"{job.id}/out/a.mp4")
+            if name == "done":
+                place.table.succeed(job, {}, f"{job.id}/out/a.mp4", 1.0, 25)
+            else:
+                place.table.fail(job, "media", "bad")
+    put("nobody/in/video")
+    put("fresh/in/video")
+    os.utime(tmp_path / "files" / "nobody", (0, 0))
+
+    supervisor.sweep()
+    left = sorted(str(p.relative_to(tmp_path / "files")) for p in (tmp_path / "files").rglob("*") if p.is_file())
+    assert left == sorted([f"{ids['done'].id}/out/a.mp4", f"{ids['waiting'].id}/in/video", "fresh/in/video"])
+
+    later = Supervisor(Settings(serve_folder=tmp_path, serve_keep_hours=1e-9), place)
+    later.sweep()
+    assert place.table.get(ids["done"].id) is None
+    waiting = place.table.get(ids["waiting"].id)
+    assert waiting is not None
+    assert waiting.state is State.QUEUED
+    assert not (tmp_path / "files" / ids["done"].id).exists()
+    events = [json.loads(line)["event"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert events == ["expired", "expired"]
+    place.table.close()
+
+
+@pytest.mark.parametrize("why", ["too long", "not mine", "abandoned", "database"])
+def test_a_lease_that_ends_cancels_the_work(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    def beat(*_: Any) -> bool:
+        if why == "database":
+            raise OperationalError("", None, Exception("locked"))
+        return why != "not mine"
+
+    monkeypatch.setattr(worker, "_BEAT_S", 0.01)
+    settings = Settings(serve_job_limit_s=0.05 if why == "too long" else 60, serve_lease_s=0.05)
+    abandon = threading.Event()
+    if why == "abandoned":
+        abandon.set()
+    place: Any = SimpleNamespace(table=SimpleNamespace(beat=beat))
+    job: Any = SimpleNamespace(id="j", spec=Job)
+    lease = worker._Lease(place, job, settings, abandon, lambda: None)
+    with lease.kept():
+        assert lease.cancel.wait(20)
+    assert lease.too_long is (why == "too long")
+
+
+def test_messages_do_not_tell_this_machines_folders(tmp_path: Path) -> None:
+    message = f"{tmp_path}/files/ab/in/video: no face was found. Use another --face, or look at {tmp_path}/x."
+    assert worker._clean(message, tmp_path) == ("The video: no face was found. Use another `face`, or look at /x.")
