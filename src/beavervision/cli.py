@@ -61,6 +61,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List the models with their licences and hashes; add or remove your own.")
 app.add_typer(models_app, name="models")
+evaluate_app = typer.Typer(help="Measure how well mouths follow, speak and look.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
 
 # Options that several commands share -------------------------------------------------------------
 
@@ -395,6 +397,114 @@ def demo(
     _write_json(report, done.as_dict())
     lines = [*_told_of(done), f"The face over the video: {sheet}", f"What was done: {report}"]
     _show(as_json, {**done.as_dict(), "sheet": str(sheet), "report": str(report)}, lines)
+
+
+@evaluate_app.command("follow")
+def evaluate_follow(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    limit: Annotated[int | None, typer.Option(help="So many clips only, spread over the index.")] = None,
+    model: Model = None,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Drive a still of each talker with their own sound, and compare with their own video."""
+    from beavervision.evaluate.follow import follow, format_table
+
+    def told(done: int, total: int, file: str) -> None:
+        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
+
+    measured = follow(
+        folder,
+        split,
+        limit=limit,
+        model=model,
+        device=device,
+        allow_non_commercial=allow_non_commercial,
+        on_progress=None if quiet else told,
+    )
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("articulation")
+def evaluate_articulation(
+    source: Annotated[Path, typer.Argument(metavar="FACE", help="A video or a picture of the face.")],
+    voice: Voice = None,
+    seed: Seed = 0,
+    model: Model = None,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let a face speak eight sentences, and check its lips at each speech sound."""
+    from beavervision.evaluate.articulation import articulation, format_table
+    from beavervision.pipeline import Pipeline
+
+    pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
+    with _progress(quiet) as told:
+        measured = articulation(pipeline, source, voice=voice, seed=seed, on_progress=told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("lse")
+def evaluate_lse(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")],
+    syncnet: Annotated[Path, typer.Option(help="The published weights, syncnet_v2.model. Needs the extra gpu.")],
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """LSE-D, LSE-C and the offset of lips and sound, by SyncNet's published protocol."""
+    from beavervision.engine.host import cores
+    from beavervision.evaluate.lse import format_table, lse
+
+    with _progress(quiet) as told:
+        measured = lse(video, syncnet, threads=Settings.load().threads or cores(), on_progress=told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("compare")
+def evaluate_compare(
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="The video made.")],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The real video of the same words.")],
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold the mouth of a video against that of a real one of the same words."""
+    from beavervision.evaluate.quality import compare, format_table, quality
+
+    with _progress(quiet) as told:
+        measured = compare(result, truth, on_progress=told)
+    score = quality(measured)
+    _show(as_json, {**measured.as_dict(), "quality": score.as_dict()}, format_table(measured, score))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address to listen on; by default this machine only.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that draw, each with one job at a time.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where jobs, uploads and results are kept.")] = None,
+    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Make an API key, print it, and end.")] = None,
+) -> None:
+    """Run the service: a REST API with jobs that survive a crash. Needs the extra serve."""
+    given: dict[str, Any] = {"serve_host": host, "serve_port": port, "serve_workers": workers, "serve_folder": folder}
+    settings = replace(Settings.load(), **{name: value for name, value in given.items() if value is not None})
+    try:
+        from beavervision.serve.access import add_key, key_file
+        from beavervision.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("beavervision"):
+            raise
+        raise UsageError(
+            f"The service needs {error.name}, which is not installed: pip install 'beavervision[serve]'."
+        ) from error
+    if new_key is not None:
+        print(add_key(key_file(settings), new_key))
+    else:
+        run(settings)
 
 
 # What commands share -----------------------------------------------------------------------------
