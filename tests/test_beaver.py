@@ -9,7 +9,7 @@ import pytest
 
 from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Heard, Picture, Profile, Reference
 from beavervision.models import mesh
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, load
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, load, onnx_net, torch_net
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.speech import speak
@@ -147,3 +147,14 @@ def test_basis_reads_back_what_it_moves() -> None:
     rng = np.random.default_rng(1)
     coefficients = rng.normal(size=(5, len(basis.shapes))).astype(np.float32)
     assert np.allclose(basis.coefficients(basis.displacement(coefficients)), coefficients, atol=1e-2)
+
+
+@pytest.mark.torch
+def test_both_engines_compute_the_same() -> None:
+    pytest.importorskip("torch", reason="the PyTorch engine needs the gpu extra")
+    rng = np.random.default_rng(0)
+    rows = rng.normal(-5, 3, (1, EXTRA_ROWS + 20, 64)).astype(np.float32)
+    crops = rng.random((3, 12, 80, 96)).astype(np.float32)
+    for name, given in (("motion", rows), ("painter", crops)):
+        (one,), (other,) = (net(name, "cpu", 1)(given) for net in (onnx_net, torch_net))
+        assert np.abs(one - other).max() < 1e-4

@@ -15,7 +15,7 @@ import torch
 
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
-from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, PainterNet
+from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
 from beavervision.models.runtime import OnnxNet
 from training import clips, export, lessons, motion, painter, voices
 
@@ -133,7 +133,10 @@ def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBas
     (out / "SHA256.json").parent.mkdir()
     (out / "SHA256.json").write_text('{"other": "kept"}', "utf-8")
     trained = motion.load_net(weights / "motion.pt")
-    assert export.export_motion(trained, out / "beaver_motion.onnx") < export.TOLERANCE
+    assert (
+        export.export_motion(MotionPair(trained, trained, torch.ones(len(basis.shapes))), out / "beaver_motion.onnx")
+        < export.TOLERANCE
+    )
     assert export.export_painter(PainterNet((4, 4, 8)), out / "beaver_painter.onnx") < export.TOLERANCE
     card = out / "card.md"
     card.write_text(f"| `beaver_motion.onnx` | `{'0' * 64}` |\n", "utf-8")

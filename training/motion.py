@@ -269,6 +269,7 @@ class Options:
     rate: float = 2e-3
     decay: float = 0.05
     articulation: float = 0.25
+    taught: float = 1.0  # how much the teacher counts; 0 learns from the clips alone
     seed: int = 0
 
 
@@ -325,8 +326,10 @@ def train(
         name = functional.cross_entropy(named[first:last], classes, classes_weight, reduction="none")
         loss = (
             0.6 * motion_loss(out[:first], real.motion, real.weight, readout)
-            + 0.6 * motion_loss(out[:last], taught[..., :BASIS_SIZE], torch.ones(taught.shape[:2]), readout)
-            + 0.5 * functional.smooth_l1_loss(features[:last], taught[..., BASIS_SIZE:])
+            + options.taught
+            * 0.6
+            * motion_loss(out[:last], taught[..., :BASIS_SIZE], torch.ones(taught.shape[:2]), readout)
+            + options.taught * 0.5 * functional.smooth_l1_loss(features[:last], taught[..., BASIS_SIZE:])
             + options.articulation * articulation_loss(spoken, classes, said.weight, readout)
             + 0.2 * (name * said.weight).mean()
             + 0.05 * out[last:].abs().mean()
@@ -497,6 +500,9 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=usual.channels)
     parser.add_argument("--dropout", type=float, default=usual.dropout)
     parser.add_argument("--articulation", type=float, default=usual.articulation)
+    parser.add_argument("--taught", type=float, default=usual.taught, help="how much the teacher counts")
+    parser.add_argument("--batch", type=int, default=usual.batch, help="windows of clips")
+    parser.add_argument("--synthetic", type=int, default=usual.synthetic, help="windows of synthetic speech")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a small network, a few iterations")
@@ -516,6 +522,9 @@ def main() -> None:
             channels=32 if args.smoke else args.channels,
             dropout=args.dropout,
             articulation=args.articulation,
+            taught=args.taught,
+            batch=args.batch,
+            synthetic=args.synthetic,
             rate=args.rate,
             decay=args.decay,
             seed=args.seed,

@@ -291,7 +291,7 @@ class Heard:
     """Speech features around a clip: rows (t, bins); row k is centred at ``(start + k) * hop`` seconds.
 
     The rows cover the clip's time and the left context and look-ahead that the model declared. voice (n,) is the
-    probability of speech while each picture shows.
+    probability of speech while each picture shows or, within the look-ahead, shortly after.
     """
 
     rows: F32

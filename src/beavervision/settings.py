@@ -44,7 +44,7 @@ class Settings:
     threads: int = 0  # CPU threads to plan with; 0: as many as this process may use
     memory_threshold: float = 0.85  # share of a device's memory that may be used
     preset: str = "veryfast"  # x264 speed preset
-    crf: int = 18
+    crf: int = 20
     debug: bool = False  # show tracebacks of errors
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000  # 0: any free one

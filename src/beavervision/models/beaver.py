@@ -32,23 +32,29 @@ def load(device: str = "cpu", threads: int = 1) -> Beaver:
         ModelError: one is missing or damaged, or PyTorch is not installed.
     """
     assert BEAVER.timing is not None
-    motion, painter = (_net(name, device, threads) for name in ("motion", "painter"))
+    net = onnx_net if device == "cpu" else torch_net
+    motion, painter = (net(name, device, threads) for name in ("motion", "painter"))
     return Beaver(motion, painter, MotionBasis.parse(load_data("beaver_basis.npz")), BEAVER.timing)
 
 
-def _net(name: str, device: str, threads: int) -> Net:
-    if device == "cpu":
-        return OnnxNet(load_data(f"beaver_{name}.onnx"), threads=threads, name=f"beaver {name}")
+def onnx_net(name: str, device: str, threads: int) -> Net:
+    """``motion`` or ``painter`` on ONNX Runtime; device is ``"cpu"``."""
+    return OnnxNet(load_data(f"beaver_{name}.onnx"), threads=threads, name=f"beaver {name}")
+
+
+def torch_net(name: str, device: str, threads: int) -> Net:
+    """The same on PyTorch, in half precision on a GPU."""
     try:
         from safetensors.torch import load as tensors
         from torch.nn import Module
 
-        from beavervision.models.nets.beaver import MotionNet, PainterNet
+        from beavervision.models.nets.beaver import MotionPair, PainterNet
     except ImportError as error:
         raise ModelError(f"beaver cannot run on {device}. {INSTALL_TORCH}") from error
     state = tensors(load_data(f"beaver_{name}.safetensors"))
-    module: Module = PainterNet()
     if name == "motion":
-        module = MotionNet(outputs=len(state["head.2.weight"]), channels=len(state["stem.weight"]))
-    module.load_state_dict(state)
+        module: Module = MotionPair.of(state)
+    else:
+        module = PainterNet()
+        module.load_state_dict(state)
     return TorchNet(module, device=device, threads=threads, name=f"beaver {name}")

@@ -53,7 +53,13 @@ BEAVER = ModelCard(
     licence_weights="Apache-2.0",
     non_commercial=False,
     source="this project; the recipe is in training/",
-    files=("beaver_motion.onnx", "beaver_painter.onnx", "beaver_basis.npz"),
+    files=(
+        "beaver_motion.onnx",
+        "beaver_painter.onnx",
+        "beaver_basis.npz",
+        "beaver_motion.safetensors",
+        "beaver_painter.safetensors",
+    ),
     timing=Timing(hop_ms=20, left_context_ms=810, look_ahead_ms=160),
 )
 WAV2LIP = ModelCard(

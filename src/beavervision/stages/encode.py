@@ -84,7 +84,7 @@ class Encode:
 
     name = "encode"
 
-    def __init__(self, preset: str = "veryfast", crf: int = 18, threads: int = 1) -> None:
+    def __init__(self, preset: str = "veryfast", crf: int = 20, threads: int = 1) -> None:
         if preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}. Known: {', '.join(PRESETS)}.")
         if not 0 <= crf <= 51 or threads < 1:

@@ -29,6 +29,7 @@ _PIECE_S = 1  # longest piece of sound worked on at once
 _VAD_SAMPLES = 512
 _VAD_CONTEXT = 64
 _VAD_STEP = Fraction(_VAD_SAMPLES, RATE_HZ)
+_VOICE_AHEAD = Fraction(12, 100)  # seconds: lips part before the sound is heard
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -430,9 +431,9 @@ class _Ears:
         self._over = False
 
     def listen(self, end: Fraction, ahead: Fraction) -> None:
-        """Read sound until the rows up to `ahead` seconds beyond `end`, and the voice up to `end`, are there."""
+        """Read sound until the rows, and as far as they are asked for the voice, up to `ahead` seconds beyond `end` are there."""
         rows = ceil((end + ahead) / self._front_end.hop) + 1
-        voices = ceil(end / _VAD_STEP)
+        voices = ceil((end + min(ahead, _VOICE_AHEAD)) / _VAD_STEP)
         while self._first_row + len(self._rows) < rows or self._first_voice + len(self._voices) < voices:
             if self._over:
                 self._push(np.zeros(RATE_HZ // 10))
@@ -453,8 +454,9 @@ class _Ears:
             floor((end - self._left) / hop),
         )
         rows = self._rows[start - self._first_row : stop - self._first_row].copy()
+        reach = min(ahead, _VOICE_AHEAD)
         voice = np.array(
-            [self._loudest(i / frames.rate, (i + 1) / frames.rate) for i in range(frames.start, frames.stop)]
+            [self._loudest(i / frames.rate, (i + 1) / frames.rate + reach) for i in range(frames.start, frames.stop)]
         )
         drop = max(later - self._first_row, 0)
         self._rows, self._first_row = self._rows[drop:], self._first_row + drop

@@ -6,6 +6,8 @@ it gives the same values however the sound is cut.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,38 @@ class MotionNet(nn.Module):
         return out.transpose(1, 2)
 
 
+CLOSED_GAP = 0.05  # eye distances of inner lip gap below which the first of a pair is trusted more and more
+
+
+class MotionPair(nn.Module):
+    """Two networks heard together: the mean of both, but where the first closes the lips, the first alone.
+
+    The first was taught articulation and closes at p, b, m; the second, from real clips alone, follows people better but
+    closes late. gap (outputs,) is how each coefficient opens the inner lips. Input and output as :class:`MotionNet`.
+    """
+
+    gap: Tensor
+
+    def __init__(self, first: MotionNet, second: MotionNet, gap: Tensor) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.register_buffer("gap", gap)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> MotionPair:
+        """The pair that fits the tensors of a saved one."""
+        nets = [MotionNet(len(state[f"{n}.head.2.bias"]), len(state[f"{n}.stem.bias"])) for n in ("first", "second")]
+        pair = cls(nets[0], nets[1], state["gap"])
+        pair.load_state_dict(dict(state))
+        return pair
+
+    def forward(self, rows: Tensor) -> Tensor:
+        first: Tensor = self.first(rows)
+        second: Tensor = self.second(rows)
+        apart = ((first * self.gap).sum(dim=-1, keepdim=True) / CLOSED_GAP).clamp(0.0, 1.0)
+        return first + 0.5 * apart * (second - first)
+
+
 class _Block(nn.Module):
     def __init__(self, channels: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -73,6 +107,11 @@ class _Block(nn.Module):
 
 
 PAINT_SIZE = (96, 80)  # width, height of the mouth crop that PainterNet sees, 100 px to the distance of the eyes
+
+
+# Trained with plain shares, used with more decided ones: a mean of two rows of teeth is a blur. At 2.5 the difference to real
+# mouths grows by 3 % and their detail from 0.47 to 0.65 of the real one.
+DECISION = 2.5
 
 
 class PainterNet(nn.Module):
@@ -108,7 +147,7 @@ class PainterNet(nn.Module):
         middle = self.middle_out(middle + self.up2(deep))
         fine = self.fine_out(fine + self.up1(middle))
         out = self.leave(fine)
-        share = torch.softmax(out[:, 3:6], dim=1)
+        share = torch.softmax(out[:, 3:6] * (1.0 if self.training else DECISION), dim=1)
         colour = torch.sigmoid(out[:, :3])
         return colour * share[:, :1] + x[:, 4:7] * share[:, 1:2] + x[:, 8:11] * share[:, 2:]
 
