@@ -202,8 +202,9 @@ def say(
 
     from beavervision.speech import Speaker, write_wav
 
-    speaker = Speaker()
-    chosen = speaker.voice(*Settings.load().voice_for(voice, language))
+    settings = Settings.load()
+    speaker = Speaker(voices_dir=settings.voices_dir)
+    chosen = speaker.voice(*settings.voice_for(voice, language))
     made: list[dict[str, Any]] = []
     dropped: list[str] = []
 
@@ -241,7 +242,7 @@ def voices(
     """List the voices, and what those need that do not work here."""
     from beavervision.speech import Speaker
 
-    speaker = Speaker()
+    speaker = Speaker(voices_dir=Settings.load().voices_dir)
     tag = (language or "").lower().replace("_", "-")
     found = [v for v in speaker.voices() if not tag or v.language == tag or v.language.startswith(f"{tag}-")]
     missing = speaker.missing()

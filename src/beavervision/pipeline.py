@@ -110,7 +110,7 @@ class Pipeline:
         devices = resolve(wanted, available_devices(gpus=wanted != "cpu"))
         threshold = self.settings.memory_threshold
         self.plan: DevicePlan = plan(devices, _COSTS, self.settings.threads or cores(), threshold)
-        self.speaker = Speaker(threads=1)
+        self.speaker = Speaker(threads=1, voices_dir=self.settings.voices_dir)
         self.budgets = tuple(MemoryBudget(d, threshold) for d in dict.fromkeys(("cpu", *self.plan["lipsync"].devices)))
         self._voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
         make = _MODELS.get(name, _Imported)

@@ -118,6 +118,11 @@ class Settings:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
+    @property
+    def voices_dir(self) -> Path:
+        """Where voice files beside the bundled one are looked for."""
+        return self.data_dir / "voices"
+
     def voice_for(self, voice: str | None, language: str | None) -> tuple[str | None, str | None]:
         """The voice and language to use where a caller asks for these two: what is asked for replaces both defaults."""
         if voice or language:

@@ -120,7 +120,7 @@ def _face_nets(settings: Settings) -> Iterator[Check]:
 def _speech(settings: Settings) -> Iterator[Check]:
     from beavervision.speech import Speaker
 
-    speaker = Speaker()
+    speaker = Speaker(voices_dir=settings.voices_dir)
     chunk = next(iter(speaker.speak("Hello.", language="en")))
     yield Check("speech", "ok", f"English, {len(chunk.phones)} sounds of 'Hello' in {chunk.audio.seconds:.1f} s")
     languages = {voice.language.split("-")[0] for voice in speaker.voices() if not voice.unavailable}

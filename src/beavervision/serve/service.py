@@ -70,7 +70,7 @@ class Service:
             raise UsageError(
                 f"The default model {settings.model!r} cannot be used here. Set one of: {', '.join(usable)}."
             )
-        self._speaker = Speaker(threads=1)
+        self._speaker = Speaker(threads=1, voices_dir=settings.voices_dir)
         self._speaker.voice(*settings.voice_for(None, None))
         self.place = Place.open(settings)
         self.links = Links(secret(settings), settings.serve_link_s)
