@@ -53,12 +53,12 @@ _BLOCK = 8  # pictures in a clip
 _SHARED_BATCH, _SHARED_DEADLINE_MS = 32, 4.0  # of networks that several runs share
 # What the stages cost for a 720p picture with `beavervision bench`, for the planning of devices and threads.
 _COSTS = {
-    "decode": StageCost(cpu_ms=3.0, max_threads=2),
-    "detect": StageCost(cpu_ms=11.0),
-    "hear": StageCost(cpu_ms=1.0),
-    "lipsync": StageCost(cpu_ms=9.0, gpu_ms=1.0, memory_mb=600),
-    "render": StageCost(cpu_ms=1.5),
-    "encode": StageCost(cpu_ms=15.0, max_threads=8),
+    "decode": StageCost(cpu_ms=3.5, max_threads=2),
+    "detect": StageCost(cpu_ms=12.0),
+    "hear": StageCost(cpu_ms=2.0),
+    "lipsync": StageCost(cpu_ms=16.0, gpu_ms=1.0, memory_mb=600),  # on a GPU: a guess, none was there to measure
+    "render": StageCost(cpu_ms=2.5),
+    "encode": StageCost(cpu_ms=19.0, max_threads=8),
 }
 _SURVEY_S = 8  # of the source are looked at first,
 _SURVEY_HZ = 4  # so many pictures a second,

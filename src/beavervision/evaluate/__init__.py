@@ -1,1 +1,2 @@
-"""Speed and quality, measured: :mod:`bench`, :mod:`follow`, and the measures themselves in :mod:`scores`."""
+"""Speed and quality, measured: :mod:`bench`, :mod:`doctor`, :mod:`follow`, :mod:`articulation`, :mod:`lse`, :mod:`quality`, and the
+measures themselves in :mod:`scores`."""

@@ -156,6 +156,7 @@ class _Topology:
 
     triangles: npt.NDArray[np.intp]  # (t, 3), into the mesh's points followed by the frame's
     jaw: npt.NDArray[np.intp]
+    used: npt.NDArray[np.intp]  # the points that the triangles have
 
 
 @cache
@@ -172,7 +173,8 @@ def _topology(points: tuple[int, ...]) -> _Topology:
         a, b, c, d = int(jaw[i]), int(jaw[i + 1]), first + i, first + i + 1
         ring += [(a, b, c), (b, d, c)]
     # The frame first and the opening before the lips, so that where triangles overlap the face covers the frame.
-    return _Topology(np.concatenate([np.array(ring, np.intp), opening, of_mesh]), jaw)
+    triangles = np.concatenate([np.array(ring, np.intp), opening, of_mesh])
+    return _Topology(triangles, jaw, np.unique(triangles))
 
 
 class _Drawing:
@@ -193,8 +195,9 @@ class _Drawing:
         frame = centre + _RING * (source_px[topology.jaw, :2] - centre)
         source = np.concatenate([source_px[:, :2], frame])
         target = np.concatenate([target_px[:, :2], frame])
-        used = np.unique(topology.triangles)
-        region = Region.around(np.concatenate([source[used], target[used]]), 4.0, picture.width_px, picture.height_px)
+        region = Region.around(
+            np.concatenate([source[topology.used], target[topology.used]]), 4.0, picture.width_px, picture.height_px
+        )
         if region is None:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
