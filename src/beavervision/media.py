@@ -305,7 +305,8 @@ class Clip:
     """What travels down the flow: some pictures and, as stages add them, all that belongs to the same time.
 
     audio holds exactly the samples heard while the pictures show. patches has a tuple for each picture, empty
-    where the picture stays as it is. opening (n,) is the drawn inner lip gap in mouth widths, for reports.
+    where the picture stays as it is. opening (n,) is the drawn inner lip gap in mouth widths, for reports. drawn has for
+    each picture the face's points (478, 3) as the lip sync drew them, None where it left the tracked ones.
     """
 
     frames: Frames
@@ -314,6 +315,7 @@ class Clip:
     heard: Heard | None = None
     patches: tuple[tuple[Patch, ...], ...] = ()
     opening: F32 | None = None
+    drawn: tuple[F32 | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.frames)

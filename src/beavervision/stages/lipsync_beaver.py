@@ -96,6 +96,7 @@ class BeaverSync:
             clip,
             patches=tuple((d.patch(),) if d is not None else () for d in drawings),
             opening=np.array([d.opening if d is not None else 0.0 for d in drawings], np.float32),
+            drawn=tuple(d.target if d is not None else None for d in drawings),
         )
 
     def _warp(self, picture: Picture, face: Face, wanted: F32, strength: float) -> _Drawing | None:
@@ -180,11 +181,11 @@ def _topology(points: tuple[int, ...]) -> _Topology:
 class _Drawing:
     """One picture's lower face on its way: warped, then filled, then a patch."""
 
-    __slots__ = ("_hole", "_mask", "_pose", "_region", "_rgb", "_target", "opening")
+    __slots__ = ("_hole", "_mask", "_pose", "_region", "_rgb", "opening", "target")
 
     def __init__(self, region: Region, rgb: U8, mask: U8, hole: F32, target: F32, pose: Pose) -> None:
         self._region, self._rgb, self._mask, self._hole = region, rgb, mask, hole
-        self._target, self._pose = target, pose
+        self.target, self._pose = target, pose
         self.opening = mesh.opening(target)
 
     @classmethod
@@ -222,7 +223,7 @@ class _Drawing:
     def painter_input(self, reference: _ReferenceMouth) -> F32:
         """(12, 80, 96): the blanked crop and the opening, the reference, and the reference moved with the jaw."""
         crop = _view(self._rgb, self._to_crop())
-        lips = _apply(_crop_matrix(self._pose), self._target[mesh.INNER_LIP, :2])
+        lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
         blank = cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01
         crop[blank] = 0
