@@ -207,7 +207,7 @@ def test_planes_stay_valid_and_unpainted_pixels_identical(tmp_path: Path) -> Non
     kept = [p for c in Decode(extend="none")(path) for p in c.frames.pictures]
     again = [p for c in Decode(extend="none")(path) for p in c.frames.pictures]
     region = Region(20, 30, 40, 24)
-    patch = Patch(region, np.full((24, 40, 3), 200, np.uint8), np.full((24, 40), 255, np.uint8))
+    patch = Patch.of_rgb(region, np.full((24, 40, 3), 200, np.uint8), np.full((24, 40), 255, np.uint8), kept[0].color)
     for a, b in zip(kept, again, strict=True):
         painted = a.painted((patch,))
         for name, step in (("y", 1), ("u", 2), ("v", 2)):

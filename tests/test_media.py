@@ -45,7 +45,7 @@ def test_painting_changes_nothing_outside_the_mask() -> None:
     region = Region(200, 150, 60, 40)
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 20:40] = 255
-    patch = Patch(region, np.zeros((40, 60, 3), np.uint8), mask)
+    patch = Patch.of_rgb(region, np.zeros((40, 60, 3), np.uint8), mask, picture.color)
     painted = picture.painted((patch,))
     changed = painted.y != picture.y
     assert changed[160:180, 220:240].mean() > 0.95
@@ -61,7 +61,7 @@ def test_painting_changes_nothing_outside_the_mask() -> None:
 def test_painting_back_what_was_read_is_nearly_lossless() -> None:
     picture = portrait()
     region = Region(180, 60, 100, 130)
-    patch = Patch(region, picture.rgb(region), np.full((130, 100), 255, np.uint8))
+    patch = Patch.of_rgb(region, picture.rgb(region), np.full((130, 100), 255, np.uint8), picture.color)
     error = picture.painted((patch,)).y.astype(int) - picture.y
     assert np.abs(error).mean() < 0.6
     assert np.abs(error).max() <= 4

@@ -43,7 +43,7 @@ def test_only_samples_under_the_mask_change() -> None:
     picture = portrait()
     mask = soft_mask()
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    (out,) = run([picture], [(Patch(REGION, noise, mask),)])
+    (out,) = run([picture], [(Patch.of_rgb(REGION, noise, mask, picture.color),)])
     outside = np.ones(picture.y.shape, bool)
     outside[120:184, 180:276] = mask == 0
     assert (out.y[outside] == picture.y[outside]).all()
@@ -57,7 +57,7 @@ def test_a_patch_of_wrong_colour_is_brought_to_its_surroundings() -> None:
     picture = portrait()
     source = picture.rgb(REGION)
     tinted = np.clip(source.astype(int) + np.array([14, -10, 8]), 0, 255).astype(np.uint8)
-    patch = Patch(REGION, tinted, soft_mask())
+    patch = Patch.of_rgb(REGION, tinted, soft_mask(), picture.color)
     (matched,) = run([picture], [(patch,)])
     (plain,) = run([picture], [(patch,)], match=False)
     middle = Region(216, 140, 24, 20)
@@ -72,7 +72,7 @@ def test_a_blurred_patch_is_sharpened_towards_its_surroundings() -> None:
         np.clip(base.y + rng.normal(0, 8, base.y.shape), 0, 255).astype(np.uint8), base.u, base.v, base.color
     )
     blurred = np.asarray(cv2.GaussianBlur(grain.rgb(REGION), (0, 0), 1.0), np.uint8)
-    patch = Patch(REGION, blurred, soft_mask())
+    patch = Patch.of_rgb(REGION, blurred, soft_mask(), grain.color)
 
     def detail(picture: Picture) -> float:
         return float(np.abs(cv2.Laplacian(picture.rgb(Region(216, 140, 24, 20))[..., 1], cv2.CV_32F)).mean())
@@ -87,7 +87,8 @@ def test_the_correction_does_not_flicker_and_starts_anew_with_a_shot() -> None:
     picture = portrait()
     source = picture.rgb(REGION).astype(int)
     shifts = [0, 20, 0, 20, 0, 20, 0, 20]
-    patches = [(Patch(REGION, np.clip(source + s, 0, 255).astype(np.uint8), soft_mask()),) for s in shifts]
+    drawn = [np.clip(source + s, 0, 255).astype(np.uint8) for s in shifts]
+    patches = [(Patch.of_rgb(REGION, rgb, soft_mask(), picture.color),) for rgb in drawn]
     spot = np.s_[145:155, 220:235]
     steady = [float(p.y[spot].mean()) for p in run([picture] * 8, patches)]
     # The patches jump by 20 levels; the correction must not follow each of them.

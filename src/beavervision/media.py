@@ -85,6 +85,12 @@ class Region:
         if any(v % 2 or v < 0 for v in (self.x_px, self.y_px, self.width_px, self.height_px)):
             raise ValueError(f"a region needs even, non-negative sides: {self}")
 
+    @property
+    def slices(self) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Rows and columns of the luma plane, and of the chroma planes."""
+        x, y, w, h = self.x_px, self.y_px, self.width_px, self.height_px
+        return (slice(y, y + h), slice(x, x + w)), (slice(y // 2, (y + h) // 2), slice(x // 2, (x + w) // 2))
+
     @classmethod
     def around(cls, points_px: F32, margin_px: float, width_px: int, height_px: int) -> Region | None:
         """The smallest region that holds `points_px` (n, 2+) and `margin_px` more, within the picture; None if empty."""
@@ -124,15 +130,14 @@ class Picture:
     def region(self) -> Region:
         return Region(0, 0, self.width_px, self.height_px)
 
+    def planes(self, region: Region) -> tuple[U8, U8, U8]:
+        """Views of `region`: y (h, w), u and v (h/2, w/2)."""
+        (ys, xs), (yc, xc) = region.slices
+        return self.y[ys, xs], self.u[yc, xc], self.v[yc, xc]
+
     def rgb(self, region: Region | None = None) -> U8:
         """The pixels of `region` (all of it if None) as (h, w, 3) RGB."""
-        r = region or self.region
-        ys, xs = slice(r.y_px, r.y_px + r.height_px), slice(r.x_px, r.x_px + r.width_px)
-        yc, xc = slice(r.y_px // 2, ys.stop // 2), slice(r.x_px // 2, xs.stop // 2)
-        size = (r.width_px, r.height_px)
-        up = [cv2.resize(p[yc, xc], size, interpolation=cv2.INTER_LINEAR) for p in (self.u, self.v)]
-        yuv = cv2.merge([self.y[ys, xs], *up])
-        return np.asarray(cv2.transform(yuv, self.color.to_rgb()), np.uint8)
+        return to_rgb(*self.planes(region or self.region), self.color)
 
     def warped_rgb(self, matrix: F32, size_px: int) -> U8:
         """A square (size_px, size_px, 3) RGB view through `matrix` (2, 3), which maps picture pixels to the view's.
@@ -165,35 +170,59 @@ class Picture:
             return self
         y, u, v = self.y.copy(), self.u.copy(), self.v.copy()
         for patch in patches:
-            r = patch.region
-            ys, xs = slice(r.y_px, r.y_px + r.height_px), slice(r.x_px, r.x_px + r.width_px)
-            yc, xc = slice(r.y_px // 2, ys.stop // 2), slice(r.x_px // 2, xs.stop // 2)
-            half = (r.width_px // 2, r.height_px // 2)
-            yuv = cv2.transform(patch.rgb, self.color.to_yuv())
-            chroma = cv2.resize(yuv[..., 1:], half, interpolation=cv2.INTER_AREA)
-            mask_c = cv2.resize(patch.mask, half, interpolation=cv2.INTER_AREA).astype(np.uint16)
-            for plane, rows, cols, new, alpha in (
-                (y, ys, xs, yuv[..., 0], patch.mask.astype(np.uint16)),
-                (u, yc, xc, chroma[..., 0], mask_c),
-                (v, yc, xc, chroma[..., 1], mask_c),
+            luma, chroma = patch.region.slices
+            half = (patch.region.width_px // 2, patch.region.height_px // 2)
+            mask_c = np.asarray(cv2.resize(patch.mask, half, interpolation=cv2.INTER_AREA), np.uint8)
+            for plane, at, new, mask in (
+                (y, luma, patch.y, patch.mask),
+                (u, chroma, patch.u, mask_c),
+                (v, chroma, patch.v, mask_c),
             ):
-                old = plane[rows, cols].astype(np.uint16)
-                plane[rows, cols] = ((old * (255 - alpha) + new * alpha + 127) // 255).astype(np.uint8)
+                alpha = mask.astype(np.uint16)
+                mixed = plane[at] * (255 - alpha) + new * alpha + 127
+                plane[at] = (mixed + 1 + (mixed >> 8)) >> 8  # divided by 255
         return replace(self, y=y, u=u, v=v)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
-    """New pixels for a region of a picture: rgb (h, w, 3), and how much of each to take, mask (h, w), 0 to 255."""
+    """New samples for a region of a picture, y (h, w), u and v (h/2, w/2), and how much of each to take, mask (h, w), 0 to 255."""
 
     region: Region
-    rgb: U8
+    y: U8
+    u: U8
+    v: U8
     mask: U8
 
     def __post_init__(self) -> None:
-        size = (self.region.height_px, self.region.width_px)
-        if self.rgb.shape != (*size, 3) or self.mask.shape != size:
-            raise ValueError(f"patch {self.rgb.shape} with mask {self.mask.shape} does not fill {self.region}")
+        size, half = (
+            (self.region.height_px, self.region.width_px),
+            (self.region.height_px // 2, self.region.width_px // 2),
+        )
+        if self.y.shape != size or self.mask.shape != size or self.u.shape != half or self.v.shape != half:
+            raise ValueError(
+                f"patch {self.y.shape}, {self.u.shape} with mask {self.mask.shape} does not fill {self.region}"
+            )
+
+    @classmethod
+    def of_rgb(cls, region: Region, rgb: U8, mask: U8, color: Color) -> Patch:
+        """From pixels (h, w, 3) RGB; `color` is the picture's."""
+        return cls(region, *to_planes(rgb, color), mask)
+
+
+def to_rgb(y: U8, u: U8, v: U8, color: Color) -> U8:
+    """Planes y (h, w), u and v (h/2, w/2) as (h, w, 3) RGB."""
+    size = (y.shape[1], y.shape[0])
+    up = [cv2.resize(p, size, interpolation=cv2.INTER_LINEAR) for p in (u, v)]
+    return np.asarray(cv2.transform(cv2.merge([y, *up]), color.to_rgb()), np.uint8)
+
+
+def to_planes(rgb: U8, color: Color) -> tuple[U8, U8, U8]:
+    """The inverse of :func:`to_rgb`; a chroma sample is the mean of its 2 x 2 pixels."""
+    yuv = cv2.transform(rgb, color.to_yuv())
+    half = (rgb.shape[1] // 2, rgb.shape[0] // 2)
+    chroma = np.asarray(cv2.resize(yuv[..., 1:], half, interpolation=cv2.INTER_AREA), np.uint8)
+    return tuple(np.ascontiguousarray(p) for p in (yuv[..., 0], chroma[..., 0], chroma[..., 1]))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -301,12 +330,34 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Expression:
+    """What to add to the face, picture by picture, relative to the person's own neutral.
+
+    controls (n, 52) are offsets of the ARKit blendshapes in the order of the blendshape net, -1 to 1. head (n, 6) moves the
+    head: yaw, pitch and roll in degrees (positive: towards the picture's right, down, clockwise), shifts right and down
+    in face widths, and a scale (1 leaves it).
+    """
+
+    controls: F32
+    head: F32
+
+    def __post_init__(self) -> None:
+        n = len(self.controls)
+        if self.controls.shape != (n, BLENDSHAPES) or self.head.shape != (n, 6):
+            raise ValueError(f"expression of {self.controls.shape} controls and {self.head.shape} head movements")
+
+    def __len__(self) -> int:
+        return len(self.controls)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Clip:
     """What travels down the flow: some pictures and, as stages add them, all that belongs to the same time.
 
     audio holds exactly the samples heard while the pictures show. patches has a tuple for each picture, empty
     where the picture stays as it is. opening (n,) is the drawn inner lip gap in mouth widths, for reports. drawn has for
-    each picture the face's points (478, 3) as the lip sync drew them, None where it left the tracked ones.
+    each picture the face's points (478, 3) as the lip sync drew them, None where it left the tracked ones. expression is what
+    to add to the face after the lip sync, None for nothing.
     """
 
     frames: Frames
@@ -316,6 +367,7 @@ class Clip:
     patches: tuple[tuple[Patch, ...], ...] = ()
     opening: F32 | None = None
     drawn: tuple[F32 | None, ...] = ()
+    expression: Expression | None = None
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -11,17 +11,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from beavervision.media import F32, U8, Clip, Face, Heard, Net, Patch, Picture, Profile, Reference, Region
+from beavervision.media import (
+    F32,
+    U8,
+    Clip,
+    Color,
+    Face,
+    Heard,
+    Net,
+    Patch,
+    Picture,
+    Profile,
+    Reference,
+    Region,
+    to_planes,
+)
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.mesh import Pose, fit_pose
+from beavervision.models.warp import triangle_flow, warped
 
 MEL_PER_STEP = 2
 STEP = Fraction(1, 50)  # seconds of one motion step
@@ -181,10 +195,12 @@ def _topology(points: tuple[int, ...]) -> _Topology:
 class _Drawing:
     """One picture's lower face on its way: warped, then filled, then a patch."""
 
-    __slots__ = ("_hole", "_mask", "_pose", "_region", "_rgb", "opening", "target")
+    __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "opening", "target")
 
-    def __init__(self, region: Region, rgb: U8, mask: U8, hole: F32, target: F32, pose: Pose) -> None:
-        self._region, self._rgb, self._mask, self._hole = region, rgb, mask, hole
+    def __init__(
+        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: F32, target: F32, pose: Pose
+    ) -> None:
+        self._region, self._planes, self._color, self._mask, self._hole = region, planes, color, mask, hole
         self.target, self._pose = target, pose
         self.opening = mesh.opening(target)
 
@@ -203,13 +219,11 @@ class _Drawing:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         size = (region.width_px, region.height_px)
-        flow, mask = _flow(source - origin, target - origin, topology.triangles, size)
-        x = flow[..., 0] + np.arange(size[0], dtype=np.float32)
-        y = flow[..., 1] + np.arange(size[1], dtype=np.float32)[:, None]
-        rgb = cv2.remap(picture.rgb(region), x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        flow, mask = triangle_flow(source - origin, target - origin, topology.triangles, size)
+        planes = warped(picture, region, flow)
         hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
         alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
-        return cls(region, np.asarray(rgb, np.uint8), alpha, hole, target_px, pose)
+        return cls(region, planes, picture.color, alpha, hole, target_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
@@ -222,7 +236,7 @@ class _Drawing:
 
     def painter_input(self, reference: _ReferenceMouth) -> F32:
         """(12, 80, 96): the blanked crop and the opening, the reference, and the reference moved with the jaw."""
-        crop = _view(self._rgb, self._to_crop())
+        crop = _view(self._planes, self._color, self._to_crop())
         lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
         blank = cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01
@@ -235,57 +249,28 @@ class _Drawing:
         soft = max(0.6, self._pose.scale_px / 110)
         x, y, width, height = cv2.boundingRect((self._hole > 0).astype(np.uint8))
         reach = round(3 * soft)
-        x0, y0 = max(x - reach, 0), max(y - reach, 0)
-        box = np.s_[y0 : y + height + reach, x0 : x + width + reach]
-        alpha = cv2.GaussianBlur(self._hole[box], (0, 0), soft)[..., None]
+        x0, y0 = max(x - reach, 0) // 2 * 2, max(y - reach, 0) // 2 * 2
+        x1, y1 = min(x + width + reach, self._hole.shape[1]), min(y + height + reach, self._hole.shape[0])
+        x1, y1 = x1 + x1 % 2, y1 + y1 % 2
+        alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1], (0, 0), soft)
+        yuv = cv2.transform(np.ascontiguousarray(painted.transpose(1, 2, 0)) * 255, self._color.to_yuv())
         to_crop = self._to_crop()
         to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
-        inside = cv2.warpAffine(
-            np.ascontiguousarray(painted.transpose(1, 2, 0)),
-            _pixel_centres(to_crop),
-            alpha.shape[1::-1],
-            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        mixed = self._rgb[box] * (1 - alpha) + np.clip(inside, 0, 1) * 255 * alpha
-        self._rgb[box] = np.clip(mixed + 0.5, 0, 255).astype(np.uint8)
+        for plane, values, pixel_px in zip(self._planes, cv2.split(yuv), (1, 2, 2), strict=True):
+            box = np.s_[y0 // pixel_px : y1 // pixel_px, x0 // pixel_px : x1 // pixel_px]
+            size = plane[box].shape[::-1]
+            part = alpha if pixel_px == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_AREA)
+            inside = cv2.warpAffine(
+                values,
+                _pixel_centres(to_crop, pixel_px),
+                size,
+                flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+            plane[box] = np.clip(plane[box] * (1 - part) + inside * part + 0.5, 0, 255).astype(np.uint8)
 
     def patch(self) -> Patch:
-        return Patch(self._region, self._rgb, self._mask)
-
-
-def _flow(source: F32, target: F32, triangles: npt.NDArray[np.intp], size: tuple[int, int]) -> tuple[F32, F32]:
-    """For each pixel of (width, height) `size`, where to take it from, as an offset (h, w, 2); and the soft mask (h, w)."""
-    step = max(1, round(max(size) / 128))
-    small = (-(-size[0] // step), -(-size[1] // step))
-    moved = np.abs(source - target).max(axis=1) > 0.05
-    a, b, c = (target[triangles[:, i]].astype(np.float64) for i in range(3))
-    area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
-    kept = (np.abs(area) > 1e-3) & moved[triangles].any(axis=1)
-    number = np.zeros((small[1], small[0]), np.int32)
-    corners = np.round(np.stack([a, b, c], axis=1) * (16 / step) - 8).astype(np.int32)
-    for i in np.flatnonzero(kept):
-        cv2.fillConvexPoly(number, corners[i], int(i) + 1, lineType=cv2.LINE_8, shift=4)
-    # Affine offset of each triangle: offset(x, y) = gradient @ (x, y) + start, exact at its corners. Slivers have steep
-    # gradients, so that a pixel a little outside of one is held within the offsets of its corners.
-    a, b, c, area = a[kept], b[kept], c[kept], area[kept, None]
-    offset = (source - target).astype(np.float64)[triangles[kept]]
-    e1, e2 = offset[:, 1] - offset[:, 0], offset[:, 2] - offset[:, 0]
-    gx = (e1 * (c - a)[:, 1:] - e2 * (b - a)[:, 1:]) / area
-    gy = (e2 * (b - a)[:, :1] - e1 * (c - a)[:, :1]) / area
-    start = offset[:, 0] - gx * a[:, :1] - gy * a[:, 1:]
-    table = np.zeros((len(triangles) + 1, 10), np.float32)
-    table[1:][kept] = np.concatenate([gx, gy, start, offset.min(axis=1), offset.max(axis=1)], axis=1)
-    row = table[number]
-    x = ((np.arange(small[0], dtype=np.float32) + 0.5) * step)[:, None]
-    y = ((np.arange(small[1], dtype=np.float32) + 0.5) * step)[:, None, None]
-    flow: Any = np.clip(row[..., 0:2] * x + row[..., 2:4] * y + row[..., 4:6], row[..., 6:8], row[..., 8:10])
-    inside = (number > 0).astype(np.float32)
-    full = (small[0] * step, small[1] * step)
-    flow = cv2.resize(flow, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
-    soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)), (0, 0), 1.5)
-    mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
-    return np.asarray(flow, np.float32), np.asarray(mask, np.float32)
+        return Patch(self._region, *self._planes, self._mask)
 
 
 def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> F32:
@@ -313,21 +298,28 @@ def _apply(matrix: F32, points: F32) -> F32:
     return np.asarray(points @ matrix[:, :2].T + matrix[:, 2], np.float32)
 
 
-def _pixel_centres(matrix: F32) -> F32:
-    """The same map between pixel indices instead of continuous coordinates (pixel i lies at i + 0.5)."""
-    shift = matrix[:, :2].sum(axis=1) * 0.5 + matrix[:, 2] - 0.5
-    return np.hstack([matrix[:, :2], shift[:, None]]).astype(np.float32)
+def _pixel_centres(matrix: F32, pixel_px: int = 1) -> F32:
+    """The same map between indices of pixels instead of continuous coordinates: pixel i of the source, `pixel_px` wide, lies at
+    (i + 0.5) * pixel_px, and pixel i of the result at i + 0.5.
+    """
+    linear = matrix[:, :2] * pixel_px
+    shift = linear.sum(axis=1) * 0.5 + matrix[:, 2] - 0.5
+    return np.hstack([linear, shift[:, None]]).astype(np.float32)
 
 
-def _view(rgb: U8, matrix: F32) -> F32:
-    """The painter's crop (80, 96, 3), 0..1, of an image through `matrix` (continuous coordinates)."""
+def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32) -> F32:
+    """The painter's crop (80, 96, 3), 0..1 RGB, of a region's planes through `matrix` (continuous coordinates)."""
     shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
-    if shrink < 0.6:
-        rgb = np.asarray(cv2.GaussianBlur(rgb, (0, 0), 0.35 / shrink), np.uint8)
-    view = cv2.warpAffine(
-        rgb, _pixel_centres(matrix), _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-    return view.astype(np.float32) * np.float32(1 / 255)
+    views = []
+    for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
+        if shrink * pixel_px < 0.6:
+            plane = np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.35 / (shrink * pixel_px)), np.uint8)
+        to_crop = _pixel_centres(matrix, pixel_px)
+        views.append(
+            cv2.warpAffine(plane, to_crop, _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        )
+    rgb = cv2.transform(cv2.merge(views), color.to_rgb())
+    return rgb.astype(np.float32) * np.float32(1 / 255)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -346,7 +338,7 @@ class _ReferenceMouth:
         lips = _apply(matrix, reference.face.points_px[mesh.INNER_LIP, :2])
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
-        view = _view(reference.rgb, local).transpose(2, 0, 1)
+        view = _view(to_planes(reference.rgb, Color()), Color(), local).transpose(2, 0, 1)
         return cls(np.concatenate([view, _polygon(lips, _PAINT_SIZE)[None]]), lips[_LOWER_MIDDLE].mean(axis=0))
 
     def moved(self, lower_lip: F32) -> F32:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beavervision.errors import ModelError
-from beavervision.media import F32, U8, Clip, FaceState, Heard, Net, Patch, Picture, Region
+from beavervision.media import F32, U8, Clip, Color, FaceState, Heard, Net, Patch, Picture, Region
 from beavervision.models.cards import WAV2LIP
 from beavervision.models.mesh import FACE_OVAL, JAW
 
@@ -123,7 +123,8 @@ class Wav2LipSync:
                 face = clip.track.faces[i]
                 assert face is not None
                 points = None if self._whole_box else face.points_px
-                patches[i] = (_patch(output, box, points, float(clip.track.strength[i])),)
+                color = clip.frames.pictures[i].color
+                patches[i] = (_patch(output, box, points, float(clip.track.strength[i]), color),)
         return replace(clip, patches=tuple(patches))
 
 
@@ -173,7 +174,7 @@ def _region(box: npt.NDArray[np.int_]) -> Region:
     return Region(x0, y0, x1 - x0, y1 - y0)
 
 
-def _patch(output: F32, box: npt.NDArray[np.int_], points_px: F32 | None, strength: float) -> Patch:
+def _patch(output: F32, box: npt.NDArray[np.int_], points_px: F32 | None, strength: float, color: Color) -> Patch:
     """`output` (3, 96, 96) BGR laid onto its box: all of it, or the lower face of the mesh `points_px`."""
     width, height = int(box[2] - box[0]), int(box[3] - box[1])
     small = (np.clip(output, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)[..., ::-1]
@@ -187,7 +188,7 @@ def _patch(output: F32, box: npt.NDArray[np.int_], points_px: F32 | None, streng
     edges = (y, below, x, right)
     rgb = cv2.copyMakeBorder(drawn, *edges, cv2.BORDER_REPLICATE)
     alpha = cv2.copyMakeBorder((mask * 255 + 0.5).astype(np.uint8), *edges, cv2.BORDER_CONSTANT, value=0)
-    return Patch(region, cast(U8, rgb), cast(U8, alpha))
+    return Patch.of_rgb(region, cast(U8, rgb), cast(U8, alpha), color)
 
 
 def _lower_face(points_px: F32, width: int, height: int) -> F32:

@@ -20,8 +20,8 @@ _RING_LOW, _RING_HIGH = 8, 200  # mask values that count as the seam
 class _Match:
     """What makes a patch look like its surroundings."""
 
-    shift: F32  # (3,), added to RGB
-    sharpen: float  # gain of the detail
+    shift: F32  # (3,), added to Y, U, V
+    sharpen: float  # gain of the luma's detail
 
     def toward(self, other: _Match) -> _Match:
         shift = self.shift + _PACE * (other.shift - self.shift)
@@ -62,19 +62,24 @@ def _match_of(picture: Picture, patch: Patch) -> _Match | None:
     ring = (patch.mask > _RING_LOW) & (patch.mask < _RING_HIGH)
     if int(ring.sum()) < 32:
         return None
-    source = picture.rgb(patch.region)
-    shift = source[ring].mean(axis=0, dtype=np.float64) - patch.rgb[ring].mean(axis=0, dtype=np.float64)
+    source, ring_c = picture.planes(patch.region), np.ascontiguousarray(ring[::2, ::2])
+    shift = np.zeros(3, np.float32)
+    for i, (there, here) in enumerate(zip(source, (patch.y, patch.u, patch.v), strict=True)):
+        at = ring if i == 0 else ring_c
+        if at.any():
+            shift[i] = there[at].mean(dtype=np.float64) - here[at].mean(dtype=np.float64)
     wide = cv2.dilate(ring.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    has = float(np.abs(cv2.Laplacian(patch.rgb[..., 1], cv2.CV_32F))[wide].mean())
-    wants = float(np.abs(cv2.Laplacian(source[..., 1], cv2.CV_32F))[wide].mean())
+    has = float(np.abs(cv2.Laplacian(patch.y, cv2.CV_32F))[wide].mean())
+    wants = float(np.abs(cv2.Laplacian(source[0], cv2.CV_32F))[wide].mean())
     sharpen = float(np.clip(wants / max(has, 0.25) - 1, 0, _MAX_SHARPEN)) if wants > has * 1.1 else 0.0
-    return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT).astype(np.float32), sharpen)
+    return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT), sharpen)
 
 
 def _matched(patch: Patch, match: _Match) -> Patch:
     if float(np.abs(match.shift).max()) < 0.5 and match.sharpen < 0.05:
         return patch
-    rgb = patch.rgb.astype(np.float32) + match.shift
+    planes = [p.astype(np.float32) + shift for p, shift in zip((patch.y, patch.u, patch.v), match.shift, strict=True)]
     if match.sharpen >= 0.05:
-        rgb += match.sharpen * (rgb - cv2.GaussianBlur(rgb, (0, 0), 1.2))
-    return replace(patch, rgb=np.clip(rgb + 0.5, 0, 255).astype(np.uint8))
+        planes[0] += match.sharpen * (planes[0] - cv2.GaussianBlur(planes[0], (0, 0), 1.2))
+    y, u, v = (np.clip(p + 0.5, 0, 255).astype(np.uint8) for p in planes)
+    return replace(patch, y=y, u=u, v=v)
