@@ -47,8 +47,7 @@ def export_motion(net: MotionPair, path: Path) -> float:
 def export_painter(net: PainterNet, path: Path) -> float:
     """Input ``crops`` (n, channels, 80, 96), output ``painted`` (n, 3, 80, 96); the largest difference to PyTorch."""
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
-    channels = first.in_channels // 4  # behind PixelUnshuffle(2)
-    crops = torch.rand(2, channels, PAINT_SIZE[1], PAINT_SIZE[0])
+    crops = torch.rand(2, first.in_channels, PAINT_SIZE[1], PAINT_SIZE[0])
     _export(net, crops, path, "crops", "painted", {"crops": {0: "n"}, "painted": {0: "n"}})
     return max(_difference(net, crops[:n], path) for n in (1, 2))
 

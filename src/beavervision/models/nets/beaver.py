@@ -128,7 +128,7 @@ class PainterNet(nn.Module):
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
         super().__init__()
         a, b, c = widths
-        self.enter = nn.Sequential(nn.PixelUnshuffle(2), _conv(48, a))
+        self.enter = _conv(12, a, stride=2, kernel=6)
         self.fine = _conv(a, a)
         self.down1 = _conv(a, b, stride=2)
         self.middle = _conv(b, b)
@@ -147,12 +147,16 @@ class PainterNet(nn.Module):
         middle = self.middle_out(middle + self.up2(deep))
         fine = self.fine_out(fine + self.up1(middle))
         out = self.leave(fine)
-        share = torch.softmax(out[:, 3:6] * (1.0 if self.training else DECISION), dim=1)
+        # A softmax whose parts ONNX Runtime computes without transposing; the bounds keep half precision finite.
+        likes = torch.exp((out[:, 3:6] * (1.0 if self.training else DECISION)).clamp(-9.0, 9.0))
+        share = likes / (likes[:, :1] + likes[:, 1:2] + likes[:, 2:])
         colour = torch.sigmoid(out[:, :3])
         return colour * share[:, :1] + x[:, 4:7] * share[:, 1:2] + x[:, 8:11] * share[:, 2:]
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1, inplace=True)
+        nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.LeakyReLU(0.1, inplace=True),
     )
