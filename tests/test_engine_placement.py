@@ -209,7 +209,17 @@ def test_resolve_says_what_there_is(spec: str, count: int, message: str) -> None
         resolve(spec, [CPU, *gpus(count)])
 
 
+def test_without_a_driver_torch_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", no_driver)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())  # asking it anything would fail
+    assert [device.name for device in available_devices()] == ["cpu"]
+
+
 def test_without_torch_there_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
     monkeypatch.setitem(sys.modules, "torch", None)
     (device,) = available_devices()
     assert device.name == "cpu"
@@ -217,6 +227,7 @@ def test_without_torch_there_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gpus_are_found_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
     torch = ModuleType("torch")
     torch.cuda = SimpleNamespace(  # type: ignore[attr-defined]
         is_available=lambda: True,

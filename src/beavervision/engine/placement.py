@@ -6,7 +6,9 @@ split (what comes before the lip sync on one, lip sync on the other) wherever th
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -149,9 +151,9 @@ def _partition(
 
 
 def available_devices(*, gpus: bool = True) -> tuple[Device, ...]:
-    """The CPU and, where torch is installed and finds a driver, its GPUs (looking takes seconds: `gpus` False does not)."""
+    """The CPU and, with `gpus`, the GPUs that torch finds. Without a driver it is not loaded, which takes seconds."""
     found = [Device("cpu", memory_total_bytes() // _MIB)]
-    if not gpus:
+    if not gpus or not has_gpu_driver():
         return tuple(found)
     try:
         import torch  # an extra: not part of the default install
@@ -162,6 +164,15 @@ def available_devices(*, gpus: bool = True) -> tuple[Device, ...]:
             properties = torch.cuda.get_device_properties(index)
             found.append(Device(f"cuda:{index}", properties.total_memory // _MIB, properties.name))
     return tuple(found)
+
+
+def has_gpu_driver() -> bool:
+    """Whether NVIDIA's driver is installed."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def resolve(spec: str, available: Sequence[Device]) -> tuple[Device, ...]:

@@ -253,11 +253,14 @@ def _follow_one(
     if lag is None:
         raise InputError("its mouth was seen too seldom, or does not move")
     known = np.isfinite(made.opening) & np.isfinite(opening)
+    width_r = pearson(made.width, width)
+    if not math.isfinite(width_r):
+        raise InputError("its mouth was seen too seldom, or does not move")
     clip = ClipFollow(
         file=row.file,
         seconds=row.seconds,
         opening_r=round(pearson(made.opening, opening), 4),
-        width_r=round(pearson(made.width, width), 4),
+        width_r=round(width_r, 4),
         motion=round(float(made.opening[known].std() / opening[known].std()), 4),
         lag_pictures=lag.pictures,
         lag_ms=round(lag.fine * step_s * 1e3, 1),
@@ -267,4 +270,4 @@ def _follow_one(
 
 
 def _median(values: list[float]) -> float:
-    return float(np.nanmedian(values))
+    return float(np.median(values))
