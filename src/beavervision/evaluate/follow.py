@@ -142,11 +142,7 @@ def follow(
         BeaverVisionError: the model cannot be loaded.
     """
     folder = Path(folder)
-    rows = _rows(folder, split)
-    if limit is not None:
-        if limit < 1:
-            raise UsageError("limit must be at least 1.")
-        rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).astype(int))]
+    rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     nets = FaceNets()
     clips: list[ClipFollow] = []
@@ -210,18 +206,25 @@ def format_table(report: FollowReport) -> RenderableType:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class TalkerRow:
+    """A clip of an index; its sound is `late_s` late."""
+
     file: str
     seconds: float
     late_s: float
 
 
-def _rows(folder: Path, split: str) -> list[_Row]:
+def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[TalkerRow]:
+    """The clips of `split` that last two seconds or more; `limit` of them, spread evenly over the index.
+
+    Raises:
+        InputError, UsageError: there is no such index, no such clip in it, or `limit` is none.
+    """
     path = folder / "index.tsv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
             lines = [line for line in csv.DictReader(file, delimiter="\t") if line["split"] == split]
-        rows = [_Row(line["file"], float(line["seconds"]), float(line["sync_lag_s"] or 0)) for line in lines]
+        rows = [TalkerRow(line["file"], float(line["seconds"]), float(line["sync_lag_s"] or 0)) for line in lines]
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}. Name a folder of talkers with its index."
@@ -233,11 +236,15 @@ def _rows(folder: Path, split: str) -> list[_Row]:
     rows = [row for row in rows if row.seconds >= LEAST_S]
     if not rows:
         raise InputError(f"{path} has no clip of {LEAST_S:g} seconds or more in the split {split!r}.")
-    return rows
+    if limit is None:
+        return rows
+    if limit < 1:
+        raise UsageError("limit must be at least 1.")
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).astype(int))]
 
 
 def _follow_one(
-    pipeline: Pipeline, nets: FaceNets, source: Path, row: _Row, scratch: Path
+    pipeline: Pipeline, nets: FaceNets, source: Path, row: TalkerRow, scratch: Path
 ) -> tuple[ClipFollow, dict[str, Any]]:
     truth, picture = mouth_trace(source, nets)
     if picture is None:
@@ -245,7 +252,7 @@ def _follow_one(
     still, out = scratch / "still.png", scratch / "out.mp4"
     if not cv2.imwrite(str(still), cv2.cvtColor(picture.rgb(), cv2.COLOR_RGB2BGR)):
         raise OutputError(f"{still} cannot be written. Make room in the folder for temporary files.")
-    report = pipeline.lipsync(still, out, audio=source)
+    report = pipeline.lipsync(still, out, audio=source, alive=False)
     made, _ = mouth_trace(out, nets)
     opening, width = truth.at(made.times_s - row.late_s)
     step_s = float(made.times_s[1] - made.times_s[0])

@@ -145,7 +145,7 @@ def compare(made: Path | str, truth: Path | str, *, on_progress: Progress | None
     notes: list[str] = []
     if any(info.kind == "still" for info in infos):
         raise InputError("A still has no motion to compare. Give two videos.")
-    pixels = _Pixels() if _alike(*infos) else None
+    pixels = MouthPixels() if _alike(*infos) else None
     if pixels is None:
         notes.append("The videos differ in rate or size: their pixels were not compared.")
     rows: tuple[list[F32], list[F32]] = ([], [])
@@ -190,7 +190,7 @@ def format_table(comparison: Comparison, score: QualityScore) -> RenderableType:
     return Group(table, *(Text(f"Note: {note}") for note in comparison.notes))
 
 
-class _Pixels:
+class MouthPixels:
     """The mouth crops of two videos, picture by picture; the crop is that of the true mouth, in both."""
 
     def __init__(self) -> None:
@@ -201,6 +201,14 @@ class _Pixels:
         self.ssim: list[float] = []
         self.sharpness: list[float] = []
         self.flicker: list[tuple[float, float]] = []
+
+    @property
+    def flicker_ratio(self) -> float | None:
+        """Made to truth; None where there were no three pictures in a row, or the truth is still."""
+        if not self.flicker:
+            return None
+        made, true = np.sqrt((np.array(self.flicker) ** 2).mean(axis=0))
+        return float(made / true) if true > 0 else None
 
     @property
     def apart(self) -> float:
@@ -227,7 +235,7 @@ class _Pixels:
             self.flicker.append((scores.flicker(ones), scores.flicker(twos)))
 
 
-def _compared(made: LipTrack, truth: LipTrack, pixels: _Pixels | None, notes: list[str]) -> Comparison:
+def _compared(made: LipTrack, truth: LipTrack, pixels: MouthPixels | None, notes: list[str]) -> Comparison:
     points = _at(truth, np.arange(len(made)) / float(made.rate))
     both = np.isfinite(made.points[:, 0, 0]) & np.isfinite(points[:, 0, 0])
     if both.sum() < _LEAST:
@@ -238,10 +246,6 @@ def _compared(made: LipTrack, truth: LipTrack, pixels: _Pixels | None, notes: li
     if lag is None or opening_r is None or width_r is None:
         notes.append("One of the mouths does not move: correlation and lag are not known.")
     ones = np.ones(int(both.sum()), np.float32)
-    flicker = None
-    if pixels and pixels.flicker:
-        made_rms, true_rms = np.sqrt((np.array(pixels.flicker) ** 2).mean(axis=0))
-        flicker = float(made_rms / true_rms) if true_rms > 0 else None
     return Comparison(
         opening_r=opening_r,
         width_r=width_r,
@@ -251,7 +255,7 @@ def _compared(made: LipTrack, truth: LipTrack, pixels: _Pixels | None, notes: li
         psnr_db=_median(pixels.psnr) if pixels else None,
         ssim=_median(pixels.ssim) if pixels else None,
         sharpness=_median(pixels.sharpness) if pixels else None,
-        flicker=flicker,
+        flicker=pixels.flicker_ratio if pixels else None,
         pictures=int(both.sum()),
         notes=tuple(notes),
     )

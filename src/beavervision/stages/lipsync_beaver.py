@@ -80,7 +80,7 @@ class BeaverSync:
                 gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
             motion = self._hear(clip.heard, clip.frames.start, len(clip), rate)
-            yield self._draw(clip, motion * (self._profile.amplitude * gates[:, None]))
+            yield self.draw(clip, motion * (self._profile.amplitude * gates[:, None]))
 
     def _hear(self, heard: Heard, start: int, count: int, rate: Fraction) -> F32:
         """The coefficients (count, k) at the times of the pictures, between the network's steps linearly."""
@@ -97,7 +97,8 @@ class BeaverSync:
         part = (local - low)[:, None].astype(np.float32)
         return np.asarray(out[0, low] * (1 - part) + out[0, high] * part, np.float32)
 
-    def _draw(self, clip: Clip, motion: F32) -> Clip:
+    def draw(self, clip: Clip, motion: F32) -> Clip:
+        """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
         assert clip.track is not None
         drawings: list[_Drawing | None] = []
         for picture, face, strength, wanted in zip(
@@ -113,11 +114,21 @@ class BeaverSync:
             drawn=tuple(d.target if d is not None else None for d in drawings),
         )
 
+    def shown(self, clip: Clip) -> F32:
+        """The motion (n, k) that the mouths of a tracked clip show themselves; 0 where there is no face."""
+        assert clip.track is not None
+        nothing = np.zeros(len(self._basis.shapes), np.float32)
+        return np.stack([nothing if f is None else self._has(f, fit_pose(f.points_px)) for f in clip.track.faces])
+
+    def _has(self, face: Face, pose: Pose) -> F32:
+        points = self._basis.points
+        return self._basis.coefficients(pose.to_face(face.points_px)[points] - self._profile.rest[points])
+
     def _warp(self, picture: Picture, face: Face, wanted: F32, strength: float) -> _Drawing | None:
         """Move the picture's own pixels; the opening is left for the painter."""
         points = self._basis.points
         pose = fit_pose(face.points_px)
-        has = self._basis.coefficients(pose.to_face(face.points_px)[points] - self._profile.rest[points])
+        has = self._has(face, pose)
         move = pose.vector_to_picture(self._basis.displacement((wanted - has) * strength))
         target = face.points_px.copy()
         target[points] += move
@@ -134,11 +145,11 @@ class BeaverSync:
             drawing.fill(np.asarray(rgb, np.float32))
 
 
-def profile_of(references: Sequence[Reference], basis: MotionBasis) -> Profile:
+def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: float | None = None) -> Profile:
     """The profile of a person from some of their faces (one is enough).
 
     The rest mouth is the mean of the most closed ones, closed; a moving source also tells the amplitude. The reference is
-    the most open frontal mouth.
+    the most open frontal mouth. `amplitude`, that of another speaker (1 is average), replaces the person's own.
     """
     if not references:
         raise ValueError("a profile needs at least one face")
@@ -149,9 +160,10 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis) -> Profile:
     rest = faces[gaps <= np.quantile(gaps, 0.15)].mean(axis=0)
     rest[basis.points] += basis.displacement(basis.closing(rest))
     moves = len(frontal) >= 8 and gaps.std() > 0.25 * _GAP_STD
-    amplitude = _UNMET_GAIN * (float(np.clip(gaps.std() / _GAP_STD, *_AMPLITUDES)) if moves else 1.0)
+    if amplitude is None:
+        amplitude = float(np.clip(gaps.std() / _GAP_STD, *_AMPLITUDES)) if moves else 1.0
     most_open = references[frontal[int(np.argmax(gaps))]]
-    return Profile(rest.astype(np.float32), amplitude, (most_open,) if gaps.max() > 0.02 else ())
+    return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, (most_open,) if gaps.max() > 0.02 else ())
 
 
 def _part_lips(points_px: F32) -> None:

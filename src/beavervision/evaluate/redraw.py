@@ -1,0 +1,181 @@
+"""The renderer of the default model alone: real mouths redrawn from real motion, pixel against pixel.
+
+Each picture is drawn twice. The first time its mouth is closed; the second time, from that picture, it is given back the shape
+that it had, so that nothing of the real opening is there to copy. The references come from the other half of the clip.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from beavervision.errors import InputError
+from beavervision.evaluate.follow import Told, talker_rows
+from beavervision.evaluate.quality import MouthPixels
+from beavervision.media import Clip, Reference, Region
+from beavervision.models.beaver import Beaver
+from beavervision.models.beaver import load as load_beaver
+from beavervision.models.face import FaceNets
+from beavervision.models.mesh import fit_pose
+from beavervision.stages.decode import Decode, probe
+from beavervision.stages.detect import Detect
+from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
+from beavervision.stages.render import Render
+
+_LONGEST_S = 8.0  # of a clip are used
+_REFERENCE_EVERY = 6  # pictures of the other half
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Medians over pictures of the mouth crop against the real one: see :mod:`beavervision.evaluate.quality`."""
+
+    psnr_db: float
+    ssim: float
+    sharpness: float
+    flicker: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRedrawn:
+    """One clip: redrawn, and for comparison with the mouth left closed."""
+
+    file: str
+    pictures: int
+    redrawn: Figures
+    closed: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class RedrawReport:
+    """All clips; `left_out` has those that could not be measured, with the reason."""
+
+    split: str
+    clips: tuple[ClipRedrawn, ...]
+    left_out: dict[str, str]
+
+    def median(self, kind: str) -> Figures:
+        """Over clips, of ``redrawn`` or ``closed``."""
+        values = [asdict(getattr(clip, kind)) for clip in self.clips]
+        return Figures(**{name: round(float(np.median([v[name] for v in values])), 4) for name in values[0]})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "split": self.split,
+            "clips": len(self.clips),
+            "median_redrawn": asdict(self.median("redrawn")),
+            "median_closed": asdict(self.median("closed")),
+            "per_clip": [asdict(clip) for clip in self.clips],
+            "left_out": self.left_out,
+        }
+
+
+def redraw(
+    folder: Path | str, split: str = "validate", *, limit: int | None = None, on_progress: Told | None = None
+) -> RedrawReport:
+    """Redraw the first half of each clip of `split` that lasts two seconds or more; arguments and errors as
+    :func:`beavervision.evaluate.follow.follow`.
+    """
+    rows = talker_rows(Path(folder), split, limit)
+    beaver, nets = load_beaver(), FaceNets()
+    clips: list[ClipRedrawn] = []
+    left_out: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        if on_progress is not None:
+            on_progress(number, len(rows), row.file)
+        try:
+            clips.append(_redraw_one(Path(folder) / row.file, row.file, beaver, nets))
+        except InputError as error:
+            left_out[row.file] = str(error)
+    if not clips:
+        raise InputError(f"{folder}: no clip of {split!r} could be measured ({next(iter(left_out.values()))}).")
+    return RedrawReport(split, tuple(clips), left_out)
+
+
+def _redraw_one(path: Path, file: str, beaver: Beaver, nets: FaceNets) -> ClipRedrawn:
+    tracked = list(_tracked(path, nets))
+    half = len(tracked) // 2
+    references = _references(tracked[half:])
+    if not half or not references:
+        raise InputError("its second half shows no face from the front")
+    stage = BeaverSync(beaver.motion, beaver.painter, beaver.basis, profile_of(references, beaver.basis))
+    redrawn, closed, pictures = MouthPixels(), MouthPixels(), 0
+    render = Render(match=False)
+    shut = list(render(stage.draw(c, np.zeros_like(stage.shown(c))) for c in tracked[:half]))
+    made = list(render(stage.draw(_as_source(s), stage.shown(c)) for s, c in zip(shut, tracked, strict=False)))
+    for clip, without, final in zip(tracked, shut, made, strict=False):
+        assert clip.track is not None
+        for i, face in enumerate(clip.track.faces):
+            pose = fit_pose(face.points_px) if face is not None and clip.track.strength[i] == 1 else None
+            closed.take(without.frames.pictures[i], clip.frames.pictures[i], pose, pose)
+            redrawn.take(final.frames.pictures[i], clip.frames.pictures[i], pose, pose)
+            pictures += pose is not None
+    if pictures < 10 or redrawn.flicker_ratio is None:
+        raise InputError("its face is seen from the front too seldom")
+    return ClipRedrawn(file, pictures, _figures(redrawn), _figures(closed))
+
+
+def _tracked(path: Path, nets: FaceNets) -> Iterator[Clip]:
+    info = probe(path)
+    most = int(_LONGEST_S * info.rate)
+    with closing(Detect(nets)(Decode(extend="none")(info))) as clips:  # type: ignore[type-var]
+        yield from itertools.takewhile(lambda clip: clip.frames.stop <= most, clips)
+
+
+def _references(clips: list[Clip]) -> list[Reference]:
+    found = []
+    for clip in clips:
+        assert clip.track is not None
+        for i, (picture, face) in enumerate(zip(clip.frames.pictures, clip.track.faces, strict=True)):
+            if face is None or clip.track.strength[i] < 1 or (clip.frames.start + i) % _REFERENCE_EVERY:
+                continue
+            region = Region.around(
+                face.points_px, 0.12 * float(np.ptp(face.points_px[:, 1])), picture.width_px, picture.height_px
+            )
+            if region is not None:
+                found.append(Reference(region, picture.rgb(region), face))
+    return found
+
+
+def _as_source(drawn: Clip) -> Clip:
+    """The clip as if it had been decoded so, its faces where they were drawn."""
+    assert drawn.track is not None
+    faces = tuple(
+        replace(face, points_px=points) if face is not None and points is not None else face
+        for face, points in zip(drawn.track.faces, drawn.drawn, strict=True)
+    )
+    return replace(drawn, track=replace(drawn.track, faces=faces), drawn=(), opening=None)
+
+
+def _figures(pixels: MouthPixels) -> Figures:
+    medians = [float(np.median(v)) for v in (pixels.psnr, pixels.ssim, pixels.sharpness)]
+    return Figures(*(round(v, 4) for v in (*medians, pixels.flicker_ratio or 0.0)))
+
+
+def format_table(report: RedrawReport) -> RenderableType:
+    """The report for a terminal."""
+    table = Table(title=f"{len(report.clips)} clips of {report.split}, mouths redrawn from their real motion")
+    table.add_column("clip")
+    for name in ("pictures", "PSNR dB", "SSIM", "sharpness", "flicker"):
+        table.add_column(name, justify="right")
+
+    def row(name: str, pictures: str, f: Figures, style: str = "") -> None:
+        figures = (f"{f.psnr_db:.1f}", f"{f.ssim:.3f}", f"{f.sharpness:.2f}", f"{f.flicker:.2f}")
+        table.add_row(name, pictures, *figures, style=style)
+
+    for clip in report.clips:
+        row(clip.file, str(clip.pictures), clip.redrawn)
+    table.add_section()
+    row("median", "", report.median("redrawn"), "bold")
+    row("median with the mouth left closed", "", report.median("closed"))
+    return Group(table, *(Text(f"left out: {file} ({reason})") for file, reason in report.left_out.items()))
