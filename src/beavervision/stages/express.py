@@ -1,0 +1,408 @@
+"""Give the face an expression: a dense, smooth warp of the face region, on the planes, after the lips are drawn.
+
+The points of the mesh move as the learned basis says (:mod:`beavervision.models.expression`), the head as a solid in two and a half dimensions.
+The motion of samples all over the surface is laid onto a coarse grid where it arrives and made smooth there (normalised convolution,
+Knutsson and Westin, 1993), so that it needs no inversion; around the face's outline it fades to nothing. The eyes are two layers: the lids' skin,
+pulled over the opening, and the eyeball, which stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from beavervision.media import F32, U8, Clip, Picture, Region
+from beavervision.models.expression import ExpressionBasis, samples
+from beavervision.models.mesh import FACE_OVAL, Pose, fit_pose
+
+STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
+_LEAST = 1e-4  # of a control or a head movement; less is nothing
+_CELLS = 17  # of the grid, to the distance of the eyes
+_SMOOTH_CELLS = 1.1
+_MOVES_PX = 0.01  # cells that move less stay as they are
+_LEAST_FACE_PX = 4.0  # between the eyes
+_AROUND = 1.0  # how much of the picture around the face is looked at, in eye distances
+_ROWS = 8  # of cells, remapped together
+_LEAST_GAZE_PX = 0.02
+_NECK = np.array([0.0, 1.6, 1.1], np.float32)  # what the head turns about, in the pose-free frame
+# How far beyond the outline, in parts of the way from its middle, the motion of the skin and that of the head reach.
+_SKIN_REACH, _HEAD_REACH = 0.2, 0.36
+_LEVELS = 0.06  # steps of the samples there
+_BETWEEN = 3  # samples from one point of the outline to the next
+
+
+class Express:
+    """The express stage: does what :attr:`Clip.expression` asks for; a picture without a face or a wish passes untouched."""
+
+    name = "express"
+
+    def __init__(self, basis: ExpressionBasis) -> None:
+        self._basis = basis
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        for clip in clips:
+            yield clip if clip.expression is None or clip.track is None else self._clip(clip)
+
+    def _clip(self, clip: Clip) -> Clip:
+        assert clip.expression is not None and clip.track is not None
+        pictures = list(clip.frames.pictures)
+        drawn = clip.drawn or (None,) * len(clip)
+        for i, (picture, face, strength, lips) in enumerate(
+            zip(pictures, clip.track.faces, clip.track.strength, drawn, strict=True)
+        ):
+            if face is None or strength <= 0:
+                continue
+            points = face.points_px if lips is None else lips
+            controls = clip.expression.controls[i] * strength
+            head = STILL + (clip.expression.head[i] - STILL) * strength
+            pictures[i] = expressed(picture, points, controls, head, self._basis)
+        return replace(clip, frames=replace(clip.frames, pictures=tuple(pictures)))
+
+
+def expressed(picture: Picture, points_px: F32, controls: F32, head: F32, basis: ExpressionBasis) -> Picture:
+    """`picture` with the expression of the face at `points_px` (478, 3) changed; the very same one where nothing is asked for.
+
+    Args:
+        controls: (52,) offsets of the blendshapes.
+        head: (6,), as in :class:`beavervision.media.Expression`.
+    """
+    if np.abs(controls).max() < _LEAST and np.abs(head - STILL).max() < _LEAST:
+        return picture
+    pose = fit_pose(points_px)
+    region = Region.around(points_px, _AROUND * pose.scale_px, picture.width_px, picture.height_px)
+    if region is None or pose.scale_px < _LEAST_FACE_PX:
+        return picture
+    face = pose.to_face(points_px)
+    points = points_px[:, :2] - np.array([region.x_px, region.y_px], np.float32)
+    move = basis.displacement(controls, face)
+    skin_px = pose.vector_to_picture(move)[:, :2]
+    head_px = _turned(face + move, head, pose) if np.abs(head - STILL).max() >= _LEAST else None
+    closing = basis.closing(controls)
+    eyes = [
+        eye
+        for side, ring in enumerate(_EYES)
+        if (eye := _Eye.of(ring, points, skin_px, closing[side], pose)) is not None
+    ]
+    return _Warp.of(points, skin_px, head_px, pose, eyes).apply(picture, region, eyes)
+
+
+def _turned(face: F32, head: F32, pose: Pose) -> F32:
+    """How far the points of a pose-free face (478, 3) move in the picture with the head, (478, 2)."""
+    yaw, pitch, roll = np.radians(head[:3].astype(np.float64))
+    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    turn = (
+        np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
+        @ np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
+        @ np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
+    )
+    moved = (face - _NECK) @ (float(head[5]) * turn.T).astype(np.float32) + _NECK - face
+    width = float(np.linalg.norm(face[454] - face[234])) * pose.scale_px
+    return np.asarray(pose.vector_to_picture(moved)[:, :2] + head[3:5] * width, np.float32)
+
+
+@cache
+def _outline() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], F32]:
+    """Samples along the face's outline: between which two points each lies, and how near to the second."""
+    after = np.roll(FACE_OVAL, -1)
+    part = np.tile(np.arange(_BETWEEN, dtype=np.float32) / _BETWEEN, len(FACE_OVAL))[:, None]
+    return np.repeat(FACE_OVAL, _BETWEEN), np.repeat(after, _BETWEEN), part
+
+
+def _fade(away: F32, reach: float) -> F32:
+    """From 1 at the outline to 0 at `reach`, smooth at both ends."""
+    t = np.clip(away / reach, 0, 1)
+    return np.asarray(1 - t * t * (3 - 2 * t), np.float32)
+
+
+class _Warp:
+    """For each pixel of a rectangle, which may reach beyond the region around the face, where in the region it comes from."""
+
+    __slots__ = ("_grid", "_moves", "_step", "_x", "_y")
+
+    def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
+        """`grid` (rows, columns, 2): how far away each cell of `step` pixels finds its own."""
+        self._x, self._y, self._step = x, y, step
+        self._moves = (np.abs(grid) > _MOVES_PX).any(axis=2).astype(np.uint8)
+        # Where each cell's middle comes from: linear interpolation between these is exact where nothing moves.
+        grid[..., 0] += (np.arange(grid.shape[1], dtype=np.float32) + 0.5) * step + (x - 0.5)
+        grid[..., 1] += ((np.arange(grid.shape[0], dtype=np.float32) + 0.5) * step + (y - 0.5))[:, None]
+        self._grid = grid
+
+    @classmethod
+    def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
+        """From the points (478, 2) and how far they move with the skin and with the head, in pixels."""
+        lattice = samples()
+        every = skin if head is None else skin + head
+        first, second, part = _outline()
+        ring = np.concatenate([points, skin, every - skin], axis=1)
+        ring = ring[first] * (1 - part) + ring[second] * part
+        reach = _SKIN_REACH if head is None else _HEAD_REACH
+        away = np.arange(1, round(reach / _LEVELS) + 2, dtype=np.float32)[:, None, None] * np.float32(_LEVELS)
+        outside = ring[:, :2] + (ring[:, :2] - points[FACE_OVAL].mean(axis=0)) * away
+        moved = ring[:, 2:4] * _fade(away, _SKIN_REACH) + ring[:, 4:] * _fade(away, _HEAD_REACH)
+        inside = lattice.of(np.concatenate([points, every], axis=1))
+        move = np.concatenate([inside[:, 2:], moved.reshape(-1, 2)])
+        target = np.concatenate([inside[:, :2], outside.reshape(-1, 2)]) + move
+        step = max(1, round(pose.scale_px / _CELLS))
+        moving = target[(np.abs(move) > _MOVES_PX).any(axis=1)]
+        reached = np.concatenate([moving if eyes or len(moving) else target[:1], *(eye.box(eye.middle).reshape(2, 2) for eye in eyes)])
+        # Even in pixels, whatever the step, so that chroma samples are whole.
+        low = (np.floor(reached.min(axis=0) / step).astype(int) - 3) // 2 * 2
+        size = -((low - np.ceil(reached.max(axis=0) / step).astype(int) - 3) // 2) * 2
+        grid = _splat(target * np.float32(1 / step) - low.astype(np.float32), -move, int(size[0]), int(size[1]))
+        return cls(int(low[0]) * step, int(low[1]) * step, step, grid)
+
+    def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
+        planes = _Planes.of(picture, region)
+        rows, columns = self._moves.shape
+        moves = cv2.dilate(self._moves, np.ones((3, 3), np.uint8))
+        for row in range(0, rows, _ROWS):
+            used = np.flatnonzero(moves[row : row + _ROWS].any(axis=0))
+            if used.size:
+                box = np.array([used[0] // 2 * 2, row, -(-(used[-1] + 1) // 2) * 2, min(row + _ROWS, rows)])
+                x, y, where = self._where(box, region)
+                planes.draw(x, y, where)
+        for eye in eyes:
+            box = eye.box(self._moved_at(eye.middle)).reshape(2, 2) - [self._x, self._y]
+            box = np.clip((box / (2 * self._step) + [[0, 0], [1, 1]]).astype(int) * 2, 0, [columns, rows])
+            x, y, where = self._where(box.ravel(), region)
+            where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4]
+            if where.size:
+                ball = eye.place(where)
+                planes.draw(x, y, where)
+                if ball is not None:
+                    planes.draw(x + ball.x, y + ball.y, ball.where, ball.alpha)
+        return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
+
+    def _where(self, cells: npt.NDArray[np.intp], region: Region) -> tuple[int, int, F32]:
+        """The pixels of a box of cells (x, y, x end, y end; even numbers) within the region: the first one, and where they come from."""
+        c0, r0, c1, r1 = (int(v) for v in cells)
+        # One cell more to each side, between whose middles the outermost pixels lie.
+        a, b = min(c0, 1), min(r0, 1)
+        grid = self._grid[r0 - b : r1 + 1, c0 - a : c1 + 1]
+        size = (grid.shape[1] * self._step, grid.shape[0] * self._step)
+        where = cv2.resize(grid, size, interpolation=cv2.INTER_LINEAR)
+        x, y = self._x + c0 * self._step, self._y + r0 * self._step
+        left, top = max(0, -x), max(0, -y)
+        width, height = min((c1 - c0) * self._step, region.width_px - x), min((r1 - r0) * self._step, region.height_px - y)
+        return x + left, y + top, where[b * self._step :, a * self._step :][top : max(height, 0), left : max(width, 0)]
+
+    def _moved_at(self, place: F32) -> F32:
+        """Where what lies at `place` of the region is drawn, nearly."""
+        cell = np.clip(((place - [self._x, self._y]) / self._step).astype(int), 0, np.array(self._moves.shape[::-1]) - 1)
+        middle = (cell + 0.5) * self._step + [self._x, self._y] - 0.5
+        return np.asarray(place + middle - self._grid[cell[1], cell[0]], np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planes:
+    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated as floats: that is the faster."""
+
+    new: tuple[U8, U8, U8]
+    old_y: F32
+    old_c: tuple[U8, U8]
+    to: tuple[U8, U8, U8]  # views of `new`
+
+    @classmethod
+    def of(cls, picture: Picture, region: Region) -> _Planes:
+        new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
+        x, y = region.x_px, region.y_px
+        luma = np.s_[y : y + region.height_px, x : x + region.width_px]
+        chroma = np.s_[y // 2 : (y + region.height_px) // 2, x // 2 : (x + region.width_px) // 2]
+        old = (picture.u[chroma], picture.v[chroma])
+        return cls(new, picture.y[luma].astype(np.float32), old, (new[0][luma], new[1][chroma], new[2][chroma]))
+
+    def draw(self, x: int, y: int, where: F32, alpha: F32 | None = None) -> None:
+        """Draw what comes from `where` with its corner at (x, y), of even sides and place; `alpha` mixes it in."""
+        if not where.size:
+            return
+        # A chroma sample lies between two pixels: number i at 2 i + 0.5.
+        half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        half = cv2.addWeighted(half, 0.5, half, 0.0, -0.25)
+        luma = _remap(self.old_y, where, cv2.INTER_CUBIC)
+        news = [cv2.convertScaleAbs(np.maximum(luma, 0, out=luma)), *(_remap(p, half, cv2.INTER_LINEAR) for p in self.old_c)]
+        weights = (None, None) if alpha is None else (alpha, cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA))
+        for plane, new, shift in zip(self.to, news, (0, 1, 1), strict=True):
+            to = plane[y >> shift : (y >> shift) + new.shape[0], x >> shift : (x >> shift) + new.shape[1]]
+            weight = weights[shift]
+            to[:] = new if weight is None else (to + (new.astype(np.float32) - to) * weight + np.float32(0.5)).astype(np.uint8)
+
+
+def _remap(plane: npt.NDArray[Any], where: F32, how: int) -> npt.NDArray[Any]:
+    return cv2.remap(plane, where, None, how, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload, no-any-return]
+
+
+def _splat(at: F32, values: F32, width: int, height: int) -> F32:
+    """Values (m, 2) at places (m, 2), in cells, onto a grid (height, width, 2): smooth, and 0 far from all of them."""
+    at = at - np.float32(0.5)
+    low = np.floor(at).astype(np.intp)
+    part = at - low
+    inside = ((low >= 0) & (low < [width - 1, height - 1])).all(axis=1)
+    low, part, values = low[inside], part[inside], values[inside]
+    index = low[:, 1] * width + low[:, 0]
+    fx, fy = part[:, 0], part[:, 1]
+    cells = np.concatenate([index, index + 1, index + width, index + width + 1])
+    share = np.concatenate([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy])
+    grid = np.empty((height, width, 3), np.float32)
+    for layer, weight in enumerate((share, share * np.tile(values[:, 0], 4), share * np.tile(values[:, 1], 4))):
+        grid[..., layer] = np.bincount(cells, weight, minlength=width * height).reshape(height, width)
+    grid = cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT)
+    return np.ascontiguousarray(grid[..., 1:] / (grid[..., :1] + np.float32(0.01)))
+
+
+# Eyes ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """The points of one eye: from the corner at the picture's left to the other, over the upper and over the lower lid."""
+
+    upper: npt.NDArray[np.intp]
+    lower: npt.NDArray[np.intp]
+    brow: npt.NDArray[np.intp]  # its lower edge
+    iris: npt.NDArray[np.intp]  # the middle, then four points of its rim
+
+
+def _ring(upper: tuple[int, ...], lower: tuple[int, ...], brow: tuple[int, ...], iris: int) -> _Ring:
+    return _Ring(np.array(upper), np.array(lower), np.array(brow), np.arange(iris, iris + 5))
+
+
+_EYES = (
+    _ring((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133), (53, 52, 65), 468),
+    _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
+)  # fmt: skip
+_MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
+_BELOW = 0.3  # how far below the lower lid its skin moves, in eye distances
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Eye:
+    """How one eye opens or closes, in its own frame: x from corner to corner, 0 to 1; y down in pixels."""
+
+    corner: F32  # (2,)
+    along: F32  # (2,), from corner to corner
+    upper: F32  # (3,), of the lid's curve
+    lower: F32
+    close_upper: float  # of the gap
+    close_lower: float
+    above_px: float  # from the upper lid to the brow
+    scale_px: float
+    iris: F32  # (2,), its middle in the picture
+    radius_px: float
+    gaze_px: F32  # (2,)
+
+    @classmethod
+    def of(cls, ring: _Ring, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eye | None:
+        """None where the eye has nothing to do."""
+        corner = points[ring.upper[0]]
+        along = points[ring.upper[-1]] - corner
+        gaze = skin[ring.iris[0]]
+        if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or np.hypot(*along) < 4:
+            return None
+        down = np.array([-along[1], along[0]], np.float32) / np.float32(np.hypot(*along))
+        local = points[np.stack([ring.upper[1:-1], ring.lower[1:-1]])] - corner  # (2, 7, 2)
+        x = np.clip(local @ along / (along @ along), 0.02, 0.98)
+        rows = (x * (1 - x))[..., None] * np.stack([np.ones_like(x), x, x * x], axis=-1)
+        across = rows.transpose(0, 2, 1)
+        right = across @ (local @ down)[..., None]
+        curves = np.linalg.solve(across @ rows + 1e-6 * np.eye(3, dtype=np.float32), right)[..., 0]
+        above = float((points[ring.upper[3:6]].mean(axis=0) - points[ring.brow].mean(axis=0)) @ down)
+        iris = points[ring.iris]
+        return cls(
+            corner, along, curves[0], curves[1], float(closing[0]), float(closing[1]),
+            max(0.9 * above, 0.12 * pose.scale_px), pose.scale_px, iris[0],
+            float(np.linalg.norm(iris[1:] - iris[0], axis=1).mean()), gaze,
+        )  # fmt: skip
+
+    @property
+    def middle(self) -> F32:
+        return np.asarray(self.corner + self.along / 2, np.float32)
+
+    def box(self, middle: F32) -> F32:
+        """What the eye moves if it is drawn around `middle`: x, y, x end, y end."""
+        span = float(np.hypot(*self.along))
+        side, up, down = 0.56 * span + 2, self.above_px + 0.35 * span, _BELOW * self.scale_px + 0.2 * span
+        return np.concatenate([middle - [side, up], middle + [side, down]]).astype(np.float32)
+
+    def place(self, source: F32) -> _Ball | None:
+        """Let the lids' skin come from where the lids are.
+
+        Args:
+            source: (h, w, 2), both in fours, places in the region as it is, so that all is found in the eye's own frame there;
+                changed.
+
+        Returns:
+            What to draw over it.
+        """
+        gap, upper, y = self._curves(source)
+        fall, rise = self.close_upper * gap, self.close_lower * gap
+        y -= upper + fall  # from here on against the new upper lid
+        room = gap - fall - rise
+        margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
+        seam = np.maximum(room - margin * np.float32(0.5), margin)
+        most = max(float(fall.max()), 1e-3)
+        bend = float(np.clip(0.8 * (self.above_px + most) / most, 1.0, 1.8))
+        over = _unit(y * np.float32(1 / (self.above_px + most)) + 1)
+        over *= over * np.float32(bend - 1) + np.float32(2 - bend)
+        under = _unit((room - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
+        skin = np.where(y < seam, -fall * over, rise * under)
+        alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
+        ball = None
+        x, row, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
+        if width:
+            x, row, stop, end = x // 2 * 2, row // 2 * 2, -(-(x + width) // 2) * 2, -(-(row + height) // 2) * 2
+            cut = np.s_[row:end, x:stop]
+            ball = _Ball(x, row, self._ball(source[cut], y[cut], fall[cut], rise[cut], room[cut]), alpha[cut])
+        span = float(np.hypot(*self.along))
+        source[..., 0] -= skin * np.float32(self.along[1] / span)
+        source[..., 1] += skin * np.float32(self.along[0] / span)
+        return ball
+
+    def _curves(self, source: F32) -> tuple[F32, F32, F32]:
+        """For places (h, w, 2): the lids' gap, the upper lid's height, and their own height, (h, w); h and w in fours."""
+        coarse = (source[1::4, 1::4] + source[2::4, 2::4]) / 2 - (self.corner - np.float32(0.5))
+        squared = self.along @ self.along
+        x = _unit(coarse @ (self.along / squared))
+        arch = x * (1 - x)
+        upper = arch * (self.upper[0] + x * (self.upper[1] + x * self.upper[2]))
+        lower = arch * (self.lower[0] + x * (self.lower[1] + x * self.lower[2]))
+        y = coarse @ (np.array([-self.along[1], self.along[0]], np.float32) / np.sqrt(squared))
+        lids = np.stack([np.maximum(lower - upper, 0), upper, y], axis=2)
+        fine = cv2.resize(lids, source.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        return fine[..., 0].copy(), fine[..., 1].copy(), fine[..., 2].copy()
+
+    def _ball(self, source: F32, y: F32, fall: F32, rise: F32, room: F32) -> F32:
+        """Where the eyeball's pixels come from: their own place, but drawn along by a lid that is raised, and by the gaze."""
+        ball = source.copy()
+        t = _unit(y / np.maximum(room, np.float32(1e-3)))
+        if self.close_upper < 0 or self.close_lower < 0:
+            stretch = np.maximum(-fall, 0) * _unit(1 - 1.6 * t) - np.maximum(-rise, 0) * _unit(1.6 * t - 0.6)
+            span = float(np.hypot(*self.along))
+            ball[..., 0] -= stretch * np.float32(self.along[1] / span)
+            ball[..., 1] += stretch * np.float32(self.along[0] / span)
+        if np.abs(self.gaze_px).max() >= _LEAST_GAZE_PX:
+            middle = self.iris + self.gaze_px - np.float32(0.5)
+            away = np.hypot(source[..., 0] - middle[0], source[..., 1] - middle[1])
+            near = _unit((2.6 - away / max(self.radius_px, 1.0)) / 1.6) * _unit(5 * t) * _unit(5 - 5 * t)
+            ball -= near[..., None] * self.gaze_px
+        return ball
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ball:
+    """The eyeball, to be drawn over the lids' skin: its place in the eye's box, where it comes from, and how much of it shows."""
+
+    x: int
+    y: int
+    where: F32
+    alpha: F32
+
+
+def _unit(values: F32) -> F32:
+    return np.minimum(np.maximum(values, np.float32(0)), np.float32(1))
