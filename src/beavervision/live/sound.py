@@ -1,0 +1,160 @@
+"""The sound of a session as one line of samples, and streaming conversion to its rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import av
+import numpy as np
+
+from beavervision.errors import BusyError, UsageError
+from beavervision.media import F32
+
+RATE_HZ = 48_000
+HELD_S = 60.0  # of sound that may wait to be heard
+HISTORY = RATE_HZ * 2  # samples kept after they were taken: what a drawing that begins now must have heard
+_BLOCK = RATE_HZ // 100  # of loudness
+_LOUD = 10 ** (-55 / 20)  # root mean square from which something may be speech
+_FADE = RATE_HZ // 100  # of sound that is cut
+
+
+class SoundLine:
+    """Samples by their number on the session's clock; silence where none were written. Not safe to share by itself."""
+
+    def __init__(self) -> None:
+        self._pcm: F32 = np.zeros(RATE_HZ * 4, np.float32)
+        self._first = 0  # number of the sample _pcm[0]
+        self._measured = 0
+        self.head = 0  # one after the last sample written
+        self.loud_from = 0  # where the latest stretch that may be speech begins,
+        self.loud_until = 0  # and one after its last sample so far
+
+    def write(self, pcm: F32, not_before: int, keep_from: int) -> int:
+        """Append samples (n,), the first at number `not_before` at the earliest; returns its number.
+
+        Samples before `keep_from` may be forgotten.
+
+        Raises:
+            BusyError: more sound waits than is held.
+        """
+        start = max(self.head, not_before)
+        stop = start + len(pcm)
+        if stop - keep_from > (HELD_S + 1) * RATE_HZ + HISTORY:
+            raise BusyError(
+                f"More than {HELD_S:.0f} s of sound wait to be heard. Send no more than that ahead, or interrupt first."
+            )
+        self._make_room(stop, keep_from)
+        self._pcm[start - self._first : stop - self._first] = pcm
+        self.head = stop
+        self._measure()
+        return start
+
+    def pad(self, until: int, keep_from: int) -> None:
+        """Let the line go on in silence to sample `until`."""
+        if until > self.head:
+            self._make_room(until, keep_from)
+            self.head = until
+            self._measure()
+
+    def read(self, start: int, stop: int) -> F32:
+        """Samples `start` to `stop`, a copy."""
+        out = np.zeros(stop - start, np.float32)
+        a, b = max(start, self._first), min(stop, self.head)
+        if b > a:
+            out[a - start : b - start] = self._pcm[a - self._first : b - self._first]
+        return out
+
+    def cut(self, at: int) -> int:
+        """Forget the sound from sample `at` on, but for a short fade; returns how many samples were there."""
+        lost = max(self.head - at, 0)
+        if lost:
+            local = at - self._first
+            fade = min(_FADE, lost)
+            self._pcm[local : local + fade] *= np.linspace(1, 0, fade, dtype=np.float32)
+            self._pcm[local + fade :] = 0
+            self.head = at + fade
+            self._measured = min(self._measured, self.head)
+            self.loud_until = min(self.loud_until, at)
+        return lost
+
+    def _make_room(self, stop: int, keep_from: int) -> None:
+        if stop - self._first <= len(self._pcm):
+            return
+        keep = max(keep_from, self._first)
+        kept = self._pcm[min(keep, self.head) - self._first : self.head - self._first]
+        first = keep if len(kept) else max(keep, min(self.head, stop))
+        size = len(self._pcm)
+        while size < stop - first:
+            size *= 2
+        pcm = np.zeros(size, np.float32)
+        pcm[: len(kept)] = kept
+        self._pcm, self._first = pcm, first
+
+    def _measure(self) -> None:
+        start = max(self._measured, self._first + -self._first % _BLOCK)
+        count = (self.head - start) // _BLOCK
+        if count <= 0:
+            return
+        pcm = self._pcm[start - self._first :][: count * _BLOCK].reshape(count, _BLOCK)
+        loud = np.flatnonzero(np.sqrt(np.mean(np.square(pcm), axis=1)) > _LOUD)
+        if loud.size:
+            begin = start + int(loud[0]) * _BLOCK
+            if begin > self.loud_until + RATE_HZ // 2 or not self.loud_until:
+                self.loud_from = begin
+            self.loud_until = start + (int(loud[-1]) + 1) * _BLOCK
+        self._measured = start + count * _BLOCK
+
+
+class Converter:
+    """Mono sound of any rate to :data:`RATE_HZ`, the same however it is cut."""
+
+    def __init__(self, rate_hz: int) -> None:
+        if not 8000 <= rate_hz <= 192_000:
+            raise UsageError(f"Sound has a rate from 8000 to 192000 Hz, not {rate_hz}.")
+        self.rate_hz = rate_hz
+        self._resampler = None if rate_hz == RATE_HZ else av.AudioResampler("fltp", "mono", RATE_HZ)
+        self._taken = self._given = 0
+
+    def push(self, pcm: F32) -> F32:
+        """The samples (m,) that the next samples (n,) complete."""
+        if self._resampler is None:
+            return pcm
+        if not len(pcm):
+            return np.zeros(0, np.float32)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm[None]), "fltp", "mono")
+        frame.rate = self.rate_hz
+        frame.pts = self._taken
+        self._taken += len(pcm)
+        return self._joined(self._resampler.resample(frame))
+
+    def end(self) -> F32:
+        """What remains; the converter is used up then."""
+        if self._resampler is None or not self._taken:
+            return np.zeros(0, np.float32)
+        wanted = round(self._taken * RATE_HZ / self.rate_hz)
+        rest = self._joined(self._resampler.resample(None))
+        missing = max(wanted - self._given, 0)
+        return np.concatenate([rest, np.zeros(missing, np.float32)])
+
+    def _joined(self, frames: list[av.AudioFrame]) -> F32:
+        parts = [np.asarray(frame.to_ndarray(), np.float32).reshape(-1) for frame in frames]
+        self._given += sum(map(len, parts))
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+class Pcm16:
+    """Little-endian 16-bit mono in pieces of any length, half samples included, to float."""
+
+    def __init__(self) -> None:
+        self._odd = b""
+
+    def push(self, data: bytes) -> F32:
+        data = self._odd + data
+        whole = len(data) // 2 * 2
+        self._odd = data[whole:]
+        return np.frombuffer(data[:whole], "<i2").astype(np.float32) * np.float32(1 / 32768)
+
+
+def pieces(pcm: F32, size: int) -> Iterator[F32]:
+    for at in range(0, len(pcm), size):
+        yield pcm[at : at + size]

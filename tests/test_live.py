@@ -1,0 +1,592 @@
+"""Live sessions: sound and picture stay together, nothing runs in silence, interruptions are at once, nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from beavervision.errors import BeaverVisionError, BusyError, MediaError, TextError, UsageError
+from beavervision.evaluate.samples import portrait
+from beavervision.live import Avatar, Camera, Event, LiveEngine, LiveSession, ManualClock, Moment
+from beavervision.live.session import WORK_S
+from beavervision.live.sound import RATE_HZ, Converter
+from beavervision.media import F32, Audio, Picture, sample_at
+from beavervision.models import face as face_module
+from beavervision.models.runtime import OnnxNet
+from beavervision.pipeline import Pipeline
+from beavervision.settings import Settings
+from beavervision.stages.decode import Decode, probe
+from tests.media_factory import make_video, video_frame
+
+Step = Callable[[LiveSession, int], None]
+
+
+@cache
+def pipeline() -> Pipeline:
+    return Pipeline(device="cpu", settings=Settings())
+
+
+@cache
+def still() -> Avatar:
+    with portrait() as path:
+        return Avatar.prepare(path, pipeline(), size_px=256)
+
+
+@cache
+def speech() -> F32:
+    """Two seconds of speech at 48 kHz, the values being those of 16-bit samples."""
+    converter = Converter(24_000)
+    parts = [converter.push(c.audio.pcm[0]) for c in pipeline().speaker.speak("My mother bought a bag of apples.")]
+    pcm = np.concatenate([*parts, converter.end()])[: 2 * RATE_HZ]
+    return (np.round(pcm * 32767) / 32768).astype(np.float32)
+
+
+def pcm16(pcm: F32) -> bytes:
+    return (pcm * 32768).astype("<i2").tobytes()
+
+
+@pytest.fixture
+def engine() -> Iterator[LiveEngine]:
+    with LiveEngine(pipeline(), clock=ManualClock()) as made:
+        yield made
+
+
+def watch(session: LiveSession, count: int, step: Step = lambda session, index: None) -> list[Moment]:
+    """The next moments of a session; before each `step` is called with its index."""
+
+    async def main() -> list[Moment]:
+        moments: list[Moment] = []
+        async for moment in session.frames():
+            moments.append(moment)
+            if len(moments) == count:
+                break
+            step(session, moment.index + 1)
+        return moments
+
+    return asyncio.run(main())
+
+
+def sound(moments: list[Moment]) -> F32:
+    return np.concatenate([m.audio.pcm[0] for m in moments])
+
+
+def differs(a: Picture, b: Picture) -> float:
+    return float(np.abs(a.y.astype(np.int16) - b.y).max())
+
+
+def drawn(avatar: Avatar, moments: list[Moment]) -> list[int]:
+    """The moments whose lips are not at rest."""
+    return [m.index for m in moments if differs(m.picture, avatar.idle(m.index, Fraction(25))) > 2]
+
+
+def in_step(pcm: F32, rate: Fraction, piece: int = 960, at: int = 5) -> Step:
+    """Push `pcm` as it would come from a microphone, in pieces, from moment `at` on."""
+    data = pcm16(pcm)
+
+    def step(session: LiveSession, index: int) -> None:
+        if index < at:
+            return
+        first, last = (2 * (sample_at(i, rate, RATE_HZ) - sample_at(at, rate, RATE_HZ)) for i in (index, index + 1))
+        for begin in range(first, min(last, len(data)), piece):
+            session.push_audio(data[begin : min(begin + piece, last)], RATE_HZ)
+        if first < len(data) <= last:
+            session.end_audio()
+
+    return step
+
+
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30000, 1001), Fraction(15)])
+def test_sound_comes_out_whole_after_the_declared_delay_and_each_picture_with_its_own(
+    engine: LiveEngine, rate: Fraction
+) -> None:
+    session = engine.open(still(), rate=rate)
+    moments = watch(session, int(3.2 * rate), in_step(speech(), rate))
+    assert [m.index for m in moments] == list(range(len(moments)))
+    assert all(m.audio.start == sample_at(m.index, rate, RATE_HZ) for m in moments)
+    assert all(m.pts == m.index / rate for m in moments)
+    heard = sound(moments)
+    # The clock stands at the end of moment 4 when the first piece comes.
+    begin = round((float(4 / rate) + session.delay_s) * RATE_HZ)
+    assert np.array_equal(heard[begin : begin + len(speech())], speech())
+    assert not heard[:begin].any()
+    assert not heard[begin + len(speech()) :].any()
+    assert session.facts()["pictures"]["dropped"] == 0
+    assert session.facts()["skew_ms"] < 0.03
+    assert len(drawn_at(moments, rate)) > 0.5 * 2 * rate
+
+
+def drawn_at(moments: list[Moment], rate: Fraction) -> list[int]:
+    return [m.index for m in moments if differs(m.picture, still().idle(m.index, rate)) > 2]
+
+
+def test_a_session_shows_what_the_same_stages_draw_without_one(
+    engine: LiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = Fraction(25)
+    session = engine.open(still(), rate=rate)
+    bases: set[int] = set()
+    draw = LiveSession._draw
+
+    def noted(self: LiveSession, run: Any) -> None:
+        bases.add(run.base)
+        draw(self, run)
+
+    monkeypatch.setattr(LiveSession, "_draw", noted)
+    moments = watch(session, 80, in_step(speech(), rate))
+    (base,) = bases
+    heard = np.concatenate([sound(moments)[base * 1920 :], np.zeros(RATE_HZ, np.float32)])
+
+    def audio() -> Iterator[Audio]:
+        for start in range(0, len(heard), 4800):
+            yield Audio(heard[None, start : start + 4800], RATE_HZ, start)
+
+    clips = iter([still().clip(range(i, i + 4), i - base, rate) for i in range(base, 80, 4)])
+    for stage in pipeline().live(still().survey, rate, audio()):
+        clips = stage(clips)
+    plain = [p for clip in clips for p in clip.frames.pictures]
+    assert len(drawn(still(), moments)) > 40
+    apart = np.array([differs(m.picture, p) for m, p in zip(moments[base:], plain, strict=False)])
+    assert not apart[: int(2.3 * rate)].any()
+    # At last a drawing ends a little before the lips are closed to the last hair.
+    assert apart.max() < 16
+
+
+def test_streamed_sound_may_be_cut_anywhere(engine: LiveEngine) -> None:
+    rate = Fraction(25)
+    odd, even = (engine.open(still(), rate=rate) for _ in range(2))
+    a = watch(odd, 60, in_step(speech()[:48_000], rate, piece=333))
+    b = watch(even, 60, in_step(speech()[:48_000], rate, piece=4800))
+    assert np.array_equal(sound(a), sound(b))
+    assert sound(a).any()
+    assert all(differs(x.picture, y.picture) == 0 for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100])
+def test_sound_of_any_rate_is_converted_alike_in_pieces_and_at_once(rate_hz: int) -> None:
+    pcm = np.sin(np.arange(rate_hz) * 440 * 2 * np.pi / rate_hz).astype(np.float32)
+    whole, pieces = Converter(rate_hz), Converter(rate_hz)
+    a = np.concatenate([whole.push(pcm), whole.end()])
+    b = np.concatenate([*(pieces.push(pcm[i : i + 137]) for i in range(0, rate_hz, 137)), pieces.end()])
+    assert len(a) == len(b) == RATE_HZ
+    assert np.abs(a - b).max() < 1e-6
+    ideal = np.sin(np.arange(RATE_HZ) * 440 * 2 * np.pi / RATE_HZ)
+    assert np.abs(a - ideal)[480:-480].max() < 0.01
+
+
+def test_a_text_is_said_sentence_by_sentence_and_told(engine: LiveEngine) -> None:
+    events: list[Event] = []
+    session = engine.open(still())
+    session.on_event(events.append)
+    first = session.say("Hello there. How are you?")
+    second = session.say("Fine.")
+    moments = watch(session, 110)
+    assert [(e.kind, e.utterance) for e in events] == [
+        ("started", first),
+        ("finished", first),
+        ("started", second),
+        ("finished", second),
+    ]
+    heard = sound(moments)
+    loud = np.flatnonzero(np.abs(heard) > 0.02) / RATE_HZ
+    assert loud[0] < 0.2
+    assert abs(sum(e.seconds for e in events) - (loud[-1] - loud[0])) < 0.6
+    moving = drawn(still(), moments)
+    assert moving[0] / 25 == pytest.approx(loud[0], abs=0.17)
+    assert moving[-1] / 25 == pytest.approx(loud[-1], abs=0.7)
+    assert not any(m.speaking for m in moments[-5:])
+
+
+def test_silence_costs_no_network_and_a_still_stays_one_picture(
+    engine: LiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = engine.open(still())
+    watch(session, 2)
+    calls: list[str] = []
+    monkeypatch.setattr(OnnxNet, "__call__", lambda self, *inputs: calls.append(self.name))
+    monkeypatch.setattr(face_module, "_invoke", lambda *args: calls.append("face"))
+    moments = watch(session, 250, lambda s, i: s.push_audio(bytes(3840), RATE_HZ) and None)
+    assert not calls
+    assert len({id(m.picture) for m in moments}) == 1
+    assert all(m.fresh for m in moments)
+
+
+def test_fifty_interruptions_each_leave_silence_and_lips_at_rest_within_a_tenth_of_a_second(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    rounds = 50
+    cut: list[int] = []
+    moving = 0
+
+    def step(s: LiveSession, index: int) -> None:
+        turn, place = divmod(index, 10)
+        if place == 1 and turn < rounds:
+            s.push_audio(pcm16(speech()[RATE_HZ // 5 :]), RATE_HZ)
+        if place == 8 and turn < rounds:
+            s.interrupt()
+            cut.append(index)
+
+    moments = watch(session, 10 * rounds + 1, step)
+    assert len(cut) == rounds
+    for at in cut:
+        # The last moment was handed out just before: what comes 40 ms later is fading, and what comes after it at rest.
+        assert not moments[at].audio.pcm[0, RATE_HZ // 100 :].any()
+        assert not any(m.audio.pcm.any() for m in moments[at + 1 : at + 3])
+        assert differs(moments[at + 1].picture, still().idle(at + 1, session.rate)) == 0
+        moving += differs(moments[at - 1].picture, still().idle(at - 1, session.rate)) > 2
+    assert moving > 0.9 * rounds
+    assert session.facts()["interrupts"] == rounds
+    assert session.facts()["queued_ms"] == 0
+
+
+def test_slow_drawing_costs_pictures_never_sound(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = Fraction(25)
+    session = engine.open(still(), rate=rate)
+    clock = engine.clock
+    assert isinstance(clock, ManualClock)
+    draw = LiveSession._draw
+
+    def slow(self: LiveSession, run: object) -> None:
+        clock.advance(0.07)
+        draw(self, run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LiveSession, "_draw", slow)
+    moments = watch(
+        session, 80, lambda s, i: s.push_audio(pcm16(speech()), RATE_HZ) and s.end_audio() if i == 5 else None
+    )
+    assert [m.index for m in moments] == list(range(80))
+    heard = sound(moments)
+    begin = int(np.flatnonzero(heard)[0] - np.flatnonzero(speech())[0])
+    assert np.array_equal(heard[begin : begin + len(speech())], speech())
+    facts = session.facts()["pictures"]
+    assert facts["dropped"] > 10
+    assert facts["drawn"] > 5
+    repeated = [a.picture is b.picture for a, b in itertools.pairwise(moments) if not b.fresh]
+    assert repeated and all(repeated)
+
+
+def test_sound_that_stops_mid_word_closes_the_mouth_and_may_go_on_later(engine: LiveEngine) -> None:
+    rate = Fraction(25)
+    session = engine.open(still(), rate=rate)
+    data = pcm16(speech())
+    half = len(data) // 2 // 2 * 2
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 5:
+            s.push_audio(data[:half], RATE_HZ)
+        if index == 100:
+            s.push_audio(data[half:], RATE_HZ)
+            s.end_audio()
+
+    moments = watch(session, 170, step)
+    heard = sound(moments)
+    first = round((4 / 25 + session.delay_s) * RATE_HZ)
+    again = round((99 / 25 + session.delay_s) * RATE_HZ)
+    assert np.array_equal(heard[first : first + half // 2], speech()[: half // 2])
+    assert np.array_equal(heard[again : again + (len(data) - half) // 2], speech()[half // 2 :])
+    moving = drawn(still(), moments)
+    stopped = (first + half // 2) / RATE_HZ * 25
+    assert not [i for i in moving if stopped + 17 < i < 99]
+    assert [i for i in moving if i > 105]
+
+
+def test_a_piece_that_comes_late_but_in_time_leaves_no_gap(engine: LiveEngine) -> None:
+    rate = Fraction(25)
+    session = engine.open(still(), rate=rate)
+    data = pcm16(speech()[:48_000])
+    late: list[bytes] = []
+
+    def step(s: LiveSession, index: int) -> None:
+        if 5 <= index < 30:
+            late.append(data[(index - 5) * 3840 : (index - 4) * 3840])
+            if index not in (12, 13, 14, 20, 21):  # the network holds some back
+                s.push_audio(b"".join(late), RATE_HZ)
+                late.clear()
+
+    heard = sound(watch(session, 60, step))
+    begin = round((4 / 25 + session.delay_s) * RATE_HZ)
+    assert np.array_equal(heard[begin : begin + 25 * 1920], speech()[: 25 * 1920])
+
+
+def test_time_stands_still_while_nobody_takes_moments(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    watch(session, 3)
+    session.say("Hello there.")
+    clock = engine.clock
+    assert isinstance(clock, ManualClock)
+    clock.advance(60)
+    assert session.facts()["state"] == "paused"
+    moments = watch(session, 60)
+    assert moments[0].index == 3
+    assert np.abs(sound(moments)).max() > 0.05
+    assert drawn(still(), moments)
+
+
+def test_only_one_may_take_the_moments(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    with pytest.raises(UsageError, match="encoder"):
+        watch(session, 3, lambda s, i: watch_again(s))
+
+
+def watch_again(session: LiveSession) -> None:
+    session._attach()
+
+
+def test_what_cannot_be_said_is_refused_at_once(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    with pytest.raises(TextError):
+        session.say("  ")
+    with pytest.raises(UsageError, match="192000"):
+        session.push_audio(b"ab", 3)
+    session.push_audio(b"a", 16_000)
+    with pytest.raises(UsageError, match="16000"):
+        session.push_audio(b"ab", 48_000)
+    session.push_audio(bytes(16_000 * 2 * 50 + 1), 16_000)
+    with pytest.raises(BusyError, match="60 s"):
+        session.push_audio(bytes(16_000 * 2 * 20), 16_000)
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.say("Hello.")
+    session.close()
+
+
+def test_the_machine_takes_no_more_sessions_than_it_can_carry(engine: LiveEngine) -> None:
+    capacity = engine.capacity()
+    with pytest.raises(BusyError, match="limit"):
+        list(iter(lambda: engine.open(still(), rate=20), None))
+    assert engine.capacity().promised_per_s <= capacity.pictures_per_s
+    assert len(engine.sessions()) == int(capacity.pictures_per_s * capacity.picture_ms / (14 + 2) / 20)
+    for session in engine.sessions():
+        session.close()
+    assert engine.capacity().promised_per_s == pytest.approx(0)
+    with LiveEngine(pipeline(), limit=1, clock=ManualClock()) as one:
+        one.open(still())
+        with pytest.raises(BusyError, match="1 live"):
+            one.open(still())
+
+
+def test_the_abandoned_are_closed_and_the_watched_are_not(engine: LiveEngine) -> None:
+    clock = engine.clock
+    assert isinstance(clock, ManualClock)
+    left, kept = engine.open(still()), engine.open(still())
+    clock.advance(100)
+    kept.push_audio(bytes(320), 16_000)
+    clock.advance(100)
+    assert engine.reap() == 1
+    assert left.closed
+    assert not kept.closed
+    assert engine.sessions() == (kept,)
+
+
+def test_ten_sessions_speak_at_once_and_leave_no_thread() -> None:
+    before = set(threading.enumerate())
+    with LiveEngine(pipeline(), encode_ms=0) as engine:
+        engine._draw_ms = 0.1
+        sessions = [engine.open(still(), rate=5) for _ in range(10)]
+
+        async def listen(session: LiveSession) -> float:
+            loudest = 0.0
+            session.say("Hello there.")
+            async for moment in session.frames():
+                loudest = max(loudest, float(np.abs(moment.audio.pcm).max()))
+                if loudest > 0.1:
+                    break
+            return loudest
+
+        async def main() -> list[float]:
+            return await asyncio.gather(*(listen(s) for s in sessions))
+
+        loudest = asyncio.run(asyncio.wait_for(main(), 60))
+        assert min(loudest) > 0.1
+        for session in sessions[:5]:
+            session.close()
+        assert len(engine.sessions()) == 5
+    assert not [t for t in threading.enumerate() if t not in before and t.is_alive()]
+
+
+def test_closing_ends_whoever_takes_the_moments() -> None:
+    with LiveEngine(pipeline()) as engine:
+        session = engine.open(still())
+
+        async def main() -> int:
+            count = 0
+            async for _ in session.frames():
+                count += 1
+                if count == 3:
+                    session.close()
+            return count
+
+        assert asyncio.run(asyncio.wait_for(main(), 30)) == 3
+
+
+def test_a_defect_in_drawing_ends_the_session_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: LiveSession, run: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(LiveSession, "_draw", broken)
+    with LiveEngine(pipeline()) as engine:
+        session = engine.open(still())
+        session.say("Hello.")
+        with pytest.raises(BeaverVisionError, match="defect"):
+            watch(session, 500)
+        assert session.closed
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_talker(tmp_path_factory.mktemp("talker") / "talker.mp4")
+
+
+def make_talker(path: Path) -> Path:
+    """A second of the portrait, drifting sideways."""
+    with portrait() as file:
+        picture = next(iter(Decode(1)(probe(file)))).frames.pictures[0]
+    frames = [video_frame(picture.y[40:340, 100 + i : 340 + i], chroma=(128, 128)) for i in range(25)]
+    return make_video(path, frames=frames, size=(240, 300))
+
+
+def test_an_avatar_is_the_same_after_saving_and_loading(moving: Path, tmp_path: Path, engine: LiveEngine) -> None:
+    for avatar in (still(), Avatar.prepare(moving, pipeline(), size_px=200)):
+        avatar.save(tmp_path / "avatar")
+        again = Avatar.load(tmp_path / "avatar")
+        assert (again.rate, again.size_px, again.model) == (avatar.rate, avatar.size_px, avatar.model)
+        assert len(again.pictures) == len(avatar.pictures)
+        for i in range(len(avatar.pictures)):
+            a, b = avatar.idle(i, avatar.rate), again.idle(i, avatar.rate)
+            assert a.color == b.color
+            assert all(np.array_equal(x, y) for x, y in ((a.y, b.y), (a.u, b.u), (a.v, b.v)))
+            assert differs(avatar.pictures[i], again.pictures[i]) == 0
+            assert np.array_equal(avatar.rest_points(i, avatar.rate), again.rest_points(i, avatar.rate))
+        shown = []
+        for one in (avatar, again):
+            session = engine.open(one)
+            session.push_audio(pcm16(speech()[:24_000]), RATE_HZ)
+            session.end_audio()
+            shown.append(watch(session, 30))
+        assert all(differs(a.picture, b.picture) == 0 for a, b in zip(*shown, strict=True))
+
+
+def test_a_damaged_avatar_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="Prepare it again"):
+        Avatar.load(tmp_path / "none")
+    still().save(tmp_path / "avatar")
+    (tmp_path / "avatar" / "arrays.npz").write_bytes(b"PK no zip")
+    with pytest.raises(MediaError, match="Prepare it again"):
+        Avatar.load(tmp_path / "avatar")
+
+
+def test_a_loop_plays_back_and_forth_without_a_jump_and_speech_follows_it(moving: Path, engine: LiveEngine) -> None:
+    avatar = Avatar.prepare(moving, pipeline(), size_px=200)
+    places = [avatar.place(i, Fraction(25)) for i in range(200)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(places)) == 1
+    assert set(places) == set(range(len(avatar.pictures)))
+    session = engine.open(avatar)
+    moments = watch(session, 75, lambda s, i: s.say("Hello there.") and None if i == 10 else None)
+    for m in moments:
+        top = avatar.pictures[avatar.place(m.index, session.rate)].y[:24]
+        assert np.array_equal(m.picture.y[:24], top)  # hair and background are the loop's own throughout
+    assert drawn(avatar, moments)
+
+
+def test_the_delay_is_the_look_ahead_and_the_work(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    delay = session.facts()["delay_ms"]
+    assert delay["play_out"] == pytest.approx(delay["look_ahead"] + 1000 * WORK_S)
+    assert delay["look_ahead"] < pipeline().timing.look_ahead_ms + 40
+    assert delay["play_out"] < 230
+
+
+@cache
+def camera_pictures() -> tuple[Picture, ...]:
+    """The portrait, drifting, its own mouth moving up and down with it."""
+    with portrait() as file:
+        picture = next(iter(Decode(1)(probe(file)))).frames.pictures[0]
+    views = []
+    for i in range(40):
+        x, y = 100 + 2 * (i % 20), 20
+        luma, chroma = np.s_[y : y + 300, x : x + 240], np.s_[y // 2 : y // 2 + 150, x // 2 : x // 2 + 120]
+        views.append(
+            Picture(
+                *(
+                    np.ascontiguousarray(p[at])
+                    for p, at in ((picture.y, luma), (picture.u, chroma), (picture.v, chroma))
+                )
+            )
+        )
+    return tuple(views)
+
+
+def test_a_camera_speaks_with_given_sound_and_is_itself_in_silence(engine: LiveEngine) -> None:
+    session = engine.open(Camera(240, 300))
+    pictures = camera_pictures()
+    shown: dict[int, Picture] = {}
+
+    def step(s: LiveSession, index: int) -> None:
+        shown[index] = pictures[index % 40]
+        s.push_picture(shown[index])
+        in_step(speech(), Fraction(25), at=30)(s, index)
+
+    moments = watch(session, 125, step)
+    delay = session.facts()["delay_ms"]["camera"]
+    behind = int(np.ceil(delay / 40))
+    own = [shown.get(m.index - behind + 1, m.picture) for m in moments]
+    changed = [m.index for m, p in zip(moments, own, strict=True) if p is not m.picture]
+    assert delay < 170
+    assert not [i for i in changed if i < 30 or i > 110]
+    assert len([i for i in changed if 36 <= i <= 85]) > 40
+    heard = sound(moments)
+    begin = round((29 / 25 + session.delay_s) * RATE_HZ)
+    assert np.array_equal(heard[begin : begin + len(speech())], speech())
+    for m, p in zip(moments[40:80], own[40:80], strict=True):
+        assert np.array_equal(m.picture.y[:24], p.y[:24])
+    with pytest.raises(UsageError, match="240"):
+        session.push_picture(still().pictures[0])
+    with pytest.raises(UsageError, match="avatar"):
+        engine.open(still()).push_picture(pictures[0])
+
+
+def test_an_expression_comes_smoothly_and_stays_while_the_face_speaks_and_after(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    brows = np.s_[60:110, 60:160]  # of the portrait at 256 px: eyes and brows, no mouth
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 10:
+            s.set_expression("surprised")
+        if index == 60:
+            s.say("Hello there.")
+        if index == 130:
+            s.set_expression("neutral")
+
+    moments = watch(session, 190, step)
+    plain = still().pictures[0].y[brows].astype(np.float32)
+    change = np.array([np.abs(m.picture.y[brows] - plain).mean() for m in moments])
+    assert change[:11].max() == 0
+    assert change[50] > 3 * change[13] > 0
+    assert change[40:130].min() > 0.5 * change[50]
+    assert change[40:130].max() < 1.6 * change[50]
+    assert change[180] < 0.1 * change[50]
+    assert np.abs(np.diff(change)).max() < 0.35 * change[50]  # no jump
+    assert all(m.fresh for m in moments)
+    lips = [m.index for m in moments if 62 <= m.index < 100]
+    assert np.std([moments[i].picture.y[110:150, 80:140].mean() for i in lips]) > 0.2
+    with pytest.raises(UsageError):
+        session.set_expression("no such thing")
+
+
+def test_marks_in_a_text_are_not_spoken_and_change_the_face(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    with pytest.raises(TextError):
+        session.say("[no-such-mark] Hello.")
+    session.say("[surprised] Oh! [neutral] Hello there, my friend.")
+    moments = watch(session, 100)
+    brows = np.s_[60:110, 60:160]
+    plain = still().pictures[0].y[brows].astype(np.float32)
+    change = np.array([np.abs(m.picture.y[brows] - plain).mean() for m in moments])
+    assert change[:25].max() > 3 * max(change[-3:].max(), 0.1)
