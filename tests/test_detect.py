@@ -163,5 +163,5 @@ def test_no_face_is_no_error() -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5,0", "somebody", "0.2,x", "1,2,3"])
 def test_a_choice_that_means_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--face"):
+    with pytest.raises(UsageError, match="face"):
         FaceChoice.parse(text)

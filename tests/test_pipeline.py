@@ -172,7 +172,7 @@ def test_cancelling_leaves_nothing(still: Path, tmp_path: Path) -> None:
         ({"text": "Hi.", "audio": "a.wav"}, "exactly one"),
         ({"text": "Hi.", "fit": "stretch"}, "fit"),
         ({"text": "Hi.", "keep_audio": 3.0}, "keep_audio"),
-        ({"text": "Hi.", "face": "nobody"}, "--face"),
+        ({"text": "Hi.", "face": "nobody"}, "The face .nobody"),
     ],
 )
 def test_contradictory_options_are_refused(

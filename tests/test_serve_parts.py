@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +22,14 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the service needs the extra serve")
 
+from beavervision import metrics
 from beavervision.errors import MediaError, NoAudioError, UsageError
+from beavervision.serve import guard as guard_module
 from beavervision.serve import worker
 from beavervision.serve.access import Keys, Links, add_key, is_loopback, secret
-from beavervision.serve.guard import Limits, examine
+from beavervision.serve.guard import Guard, Limits
 from beavervision.serve.jobs import Job, NewJob, State, new_id
-from beavervision.serve.place import Place
+from beavervision.serve.place import Place, Task
 from beavervision.serve.storage import LocalStorage
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
@@ -36,25 +41,32 @@ LIMITS = Limits(side_px=200, seconds=10)
 # --- hostile media ----------------------------------------------------------------------------------------------------
 
 
-def test_ordinary_media_pass(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def guard() -> Iterator[Guard]:
+    made = Guard()
+    yield made
+    made.close()
+
+
+def test_ordinary_media_pass(tmp_path: Path, guard: Guard) -> None:
     video = make_video(tmp_path / "a.mp4", pictures=3)
     sound = make_sound(tmp_path / "a.wav", beeps(8000, 8000, [Fraction(0)]), 8000)
-    examine(video, sound, LIMITS)
+    guard.examine(video, sound, LIMITS)
 
 
-def test_ten_hours_in_few_pictures_are_refused(tmp_path: Path) -> None:
+def test_ten_hours_in_few_pictures_are_refused(tmp_path: Path, guard: Guard) -> None:
     video = make_video(tmp_path / "a.mp4", pictures=41, times=[Fraction(900 * i) for i in range(41)])
     with pytest.raises(MediaError, match=r"The video is 3\d{4} s long; 10 s are allowed"):
-        examine(video, None, LIMITS)
+        guard.examine(video, None, LIMITS)
 
 
-def test_a_rate_that_no_camera_has_is_refused(tmp_path: Path) -> None:
+def test_a_rate_that_no_camera_has_is_refused(tmp_path: Path, guard: Guard) -> None:
     video = make_video(tmp_path / "a.mp4", pictures=20, rate=Fraction(1000))
     with pytest.raises(MediaError, match="1000 pictures a second; 240 are allowed"):
-        examine(video, None, LIMITS)
+        guard.examine(video, None, LIMITS)
 
 
-def test_a_bomb_of_a_picture_is_refused(tmp_path: Path) -> None:
+def test_a_bomb_of_a_picture_is_refused(tmp_path: Path, guard: Guard) -> None:
     bomb = tmp_path / "a.png"
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
@@ -63,18 +75,18 @@ def test_a_bomb_of_a_picture_is_refused(tmp_path: Path) -> None:
         + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     )
     with pytest.raises(MediaError, match="pixels"):
-        examine(bomb, None, LIMITS)
+        guard.examine(bomb, None, LIMITS)
 
 
-def test_what_is_larger_or_longer_than_allowed_is_refused(tmp_path: Path) -> None:
+def test_what_is_larger_or_longer_than_allowed_is_refused(tmp_path: Path, guard: Guard) -> None:
     wide = make_video(tmp_path / "a.mp4", pictures=2, size=(256, 96))
     with pytest.raises(MediaError, match=r"256x96 pixels; a side may have 200"):
-        examine(wide, None, LIMITS)
+        guard.examine(wide, None, LIMITS)
     long = make_sound(tmp_path / "a.wav", np.zeros((1, 8000 * 11), np.float32), 8000)
     with pytest.raises(MediaError, match="The audio is 11 s long"):
-        examine(None, long, LIMITS)
+        guard.examine(None, long, LIMITS)
     with pytest.raises(NoAudioError, match="The audio has no sound"):
-        examine(None, make_video(tmp_path / "b.mp4", pictures=2), LIMITS)
+        guard.examine(None, make_video(tmp_path / "b.mp4", pictures=2), LIMITS)
 
 
 def test_the_child_has_limits() -> None:
@@ -90,9 +102,37 @@ def test_the_child_has_limits() -> None:
 
 
 def test_a_child_that_dies_refuses_the_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(guard_module, "_COMMAND", ["/bin/false"])
+    dead = Guard()
     with pytest.raises(MediaError, match="within the limits"):
-        examine(tmp_path / "a.mp4", None, LIMITS)
+        dead.examine(tmp_path / "a.mp4", None, LIMITS)
+    dead.close()
+
+
+def test_looks_share_a_process_that_is_started_again_when_it_is_killed(tmp_path: Path, guard: Guard) -> None:
+    video = make_video(tmp_path / "a.mp4", pictures=3)
+    guard.examine(video, None, LIMITS)
+    first = guard._process
+    assert first is not None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: guard.examine(video, None, LIMITS), range(8)))
+    assert guard._process is first
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    guard.examine(video, None, LIMITS)
+    assert guard._process is not first
+
+
+def test_a_look_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import time; from beavervision.serve import guard\n"
+        "guard._WALL_S = 1; guard._look = lambda task: time.sleep(600); guard._main()"
+    )
+    monkeypatch.setattr(guard_module, "_COMMAND", [sys.executable, "-c", code])
+    slow = Guard()
+    with pytest.raises(MediaError, match="within the limits"):
+        slow.examine(tmp_path / "a.mp4", None, LIMITS)
+    slow.close()
 
 
 # --- storage, keys, links ---------------------------------------------------------------------------------------------
@@ -221,5 +261,51 @@ def test_a_lease_that_ends_cancels_the_work(monkeypatch: pytest.MonkeyPatch, why
 
 
 def test_messages_do_not_tell_this_machines_folders(tmp_path: Path) -> None:
-    message = f"{tmp_path}/files/ab/in/video: no face was found. Use another --face, or look at {tmp_path}/x."
-    assert worker._clean(message, tmp_path) == ("The video: no face was found. Use another `face`, or look at /x.")
+    message = f"{tmp_path}/files/ab/in/video: no face was found. Look at {tmp_path}/x."
+    assert worker._clean(message, tmp_path) == "The video: no face was found. Look at /x."
+
+
+def test_a_job_that_kills_its_workers_is_counted_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(serve_folder=tmp_path, serve_attempts=1)
+    one = worker.Worker(Task(settings, "worker-0-a", "worker-0"))
+    monkeypatch.setattr(worker, "_say", lambda job: None)  # standard output is the tests' own
+    table, storage = one._place.table, one._place.storage
+    job, _ = table.add(NewJob(new_id(), "me", {}, "f"), 10)
+    (tmp_path / "new").write_text("x")
+    storage.put(tmp_path / "new", f"{job.id}/in/video")
+    assert table.take("dead") is not None
+    table.release("dead")
+    before = metrics.JOBS.labels("failed")._value.get()
+    assert table.take("worker-0-a", one._lost) is None
+    assert metrics.JOBS.labels("failed")._value.get() == before + 1
+    (event,) = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+    assert (event["event"], event["job"], event["state"], event["attempts"]) == ("ended", job.id, "failed", 1)
+    assert list(storage.groups()) == []
+    table.close()
+
+
+def test_the_step_of_a_job_is_told_with_its_beats() -> None:
+    beats: list[Any] = []
+    told = threading.Event()
+
+    def beat(*facts: Any) -> bool:
+        beats.append(facts[-1])
+        told.set()
+        return True
+
+    place: Any = SimpleNamespace(table=SimpleNamespace(beat=beat))
+    lease = worker._Lease(place, SimpleNamespace(id="j"), Settings(), threading.Event(), lambda: None)  # type: ignore[arg-type]
+    lease.step("loading")
+    lease.step("looking")
+    lease.step("looking")
+    with lease.kept():
+        assert told.wait(20)
+        lease.told(8, 25)
+        lease.told(16, 25)
+        told.clear()
+        assert told.wait(20)
+    assert beats[0] == "looking"
+    assert beats[-1] == "drawing"
+    assert [name for name, _ in lease.steps] == ["loading", "looking", "drawing"]

@@ -16,6 +16,7 @@ import torch
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
 from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
+from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from training import clips, export, lessons, motion, painter, voices
 
@@ -138,6 +139,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBas
         < export.TOLERANCE
     )
     assert export.export_painter(PainterNet((4, 4, 8)), out / "beaver_painter.onnx") < export.TOLERANCE
+    assert export.export_sync(SyncScorer(16, channels=8, size=4).eval(), out / "sync_scorer.onnx") < export.TOLERANCE
     card = out / "card.md"
     card.write_text(f"| `beaver_motion.onnx` | `{'0' * 64}` |\n", "utf-8")
     export.record(out, ["beaver_motion.onnx"], card)

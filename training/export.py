@@ -2,9 +2,9 @@
 
     python -m training.export --weights work/weights
 
-Writes ``beaver_motion`` and ``beaver_painter``, each for ONNX Runtime (``.onnx``) and PyTorch (``.safetensors``), and
-``beaver_basis.npz`` into the package's data and their hashes into ``SHA256.json`` and the model card, after a check that ONNX
-Runtime gives what PyTorch gives.
+Writes ``beaver_motion`` and ``beaver_painter``, each for ONNX Runtime (``.onnx``) and PyTorch (``.safetensors``),
+``beaver_basis.npz`` and ``sync_scorer.onnx`` into the package's data and their hashes into ``SHA256.json`` and the model
+card, after a check that ONNX Runtime gives what PyTorch gives.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from beavervision.media import F32
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.nets.beaver import MEL_BINS, PAINT_SIZE, MotionPair, PainterNet
+from beavervision.models.nets.sync import ROWS, STEPS, SyncScorer
 from beavervision.models.runtime import OnnxNet
 from training.motion import Readout, load_net, read_basis
+from training.sync import load_scorer
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -39,17 +41,26 @@ _STEPS = 25
 def export_motion(net: MotionPair, path: Path) -> float:
     """Input ``rows`` (1, 2 n + extra_rows, 64), output ``motion`` (1, n, k); the largest difference to PyTorch."""
     rows = torch.randn(1, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    _export(net, rows, path, "rows", "motion", {"rows": {1: "t"}, "motion": {1: "n"}})
+    _export(net, (rows,), path, ["rows"], "motion", {"rows": {1: "t"}, "motion": {1: "n"}})
     longer = torch.randn(1, 6 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    return max(_difference(net, x, path) for x in (rows, longer))
+    return max(_difference(net, (x,), path) for x in (rows, longer))
 
 
 def export_painter(net: PainterNet, path: Path) -> float:
     """Input ``crops`` (n, channels, 80, 96), output ``painted`` (n, 3, 80, 96); the largest difference to PyTorch."""
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     crops = torch.rand(2, first.in_channels, PAINT_SIZE[1], PAINT_SIZE[0])
-    _export(net, crops, path, "crops", "painted", {"crops": {0: "n"}, "painted": {0: "n"}})
-    return max(_difference(net, crops[:n], path) for n in (1, 2))
+    _export(net, (crops,), path, ["crops"], "painted", {"crops": {0: "n"}, "painted": {0: "n"}})
+    return max(_difference(net, (crops[:n],), path) for n in (1, 2))
+
+
+def export_sync(net: SyncScorer, path: Path) -> float:
+    """Inputs ``rows`` (n, ROWS, 64) and ``lips`` (n, STEPS, k), output ``scores`` (n, offsets); differs so from PyTorch."""
+    coefficients = net.see[0].weight.shape[1] // 2
+    example = (torch.randn(2, ROWS, MEL_BINS) * 3 - 5, torch.randn(2, STEPS, coefficients))
+    axes = {name: {0: "n"} for name in ("rows", "lips", "scores")}
+    _export(net, example, path, ["rows", "lips"], "scores", axes)
+    return max(_difference(net, tuple(x[:n] for x in example), path) for n in (1, 2))
 
 
 def load_painter(path: Path) -> PainterNet:
@@ -58,23 +69,25 @@ def load_painter(path: Path) -> PainterNet:
     return net.eval()
 
 
-def _export(net: nn.Module, example: Tensor, path: Path, given: str, got: str, axes: dict[str, dict[int, str]]) -> None:
+def _export(
+    net: nn.Module, example: tuple[Tensor, ...], path: Path, given: list[str], got: str, axes: dict[str, dict[int, str]]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     net.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         # The tracing exporter folds batch normalisation into the convolutions.
         torch.onnx.export(
-            net, (example,), str(path), input_names=[given], output_names=[got], dynamic_axes=axes,
+            net, example, str(path), input_names=given, output_names=[got], dynamic_axes=axes,
             opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _difference(net: nn.Module, example: Tensor, path: Path) -> float:
+def _difference(net: nn.Module, example: tuple[Tensor, ...], path: Path) -> float:
     with torch.no_grad():
-        wanted: F32 = net(example).numpy()
-    (found,) = OnnxNet(path.read_bytes(), name=path.name)(example.numpy())
+        wanted: F32 = net(*example).numpy()
+    (found,) = OnnxNet(path.read_bytes(), name=path.name)(*(x.numpy() for x in example))
     difference = float(np.abs(found.astype(np.float32) - wanted).max())
     if not difference < TOLERANCE:
         raise SystemExit(f"{path.name} differs from PyTorch by {difference:.2g}, more than {TOLERANCE}.")
@@ -102,13 +115,13 @@ def main() -> None:
         "--motion", type=Path, action="append", help="instead of WEIGHTS/motion.pt and motion2.pt; twice"
     )
     parser.add_argument("--painter", type=Path, help="instead of WEIGHTS/painter.pt")
-    parser.add_argument("--only", choices=["motion", "painter"], help="export this one alone")
+    parser.add_argument("--only", choices=["motion", "painter", "sync"], help="export this one alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
     written = []
-    if args.only != "painter":
+    if args.only in (None, "motion"):
         nets = [load_net(path) for path in args.motion or (args.weights / "motion.pt", args.weights / "motion2.pt")]
         if len(nets) != 2:
             raise SystemExit("--motion is given twice: the network taught articulation, then the one of clips alone.")
@@ -124,12 +137,16 @@ def main() -> None:
         shutil.copyfile(basis, args.out / "beaver_basis.npz")
         written += ["beaver_motion.onnx", "beaver_motion.safetensors", "beaver_basis.npz"]
         print(f"motion: differs by {difference:.1g}")
-    if args.only != "motion":
+    if args.only in (None, "painter"):
         painter = load_painter(args.painter or args.weights / "painter.pt")
         difference = export_painter(painter, args.out / "beaver_painter.onnx")
         save_file(painter.state_dict(), args.out / "beaver_painter.safetensors")
         written += ["beaver_painter.onnx", "beaver_painter.safetensors"]
         print(f"painter: differs by {difference:.1g}")
+    if args.only in (None, "sync"):
+        difference = export_sync(load_scorer(args.weights / "sync.pt"), args.out / "sync_scorer.onnx")
+        written.append("sync_scorer.onnx")
+        print(f"sync scorer: differs by {difference:.1g}")
     record(args.out, written, CARD if args.out == DATA else None)
     for name in written:
         print(f"{name}: {(args.out / name).stat().st_size / 1e6:.2f} MB")

@@ -61,6 +61,10 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List the models with their licences and hashes; add or remove your own.")
 app.add_typer(models_app, name="models")
+expression_app = typer.Typer(help="List the expressions; record, share or remove your own.")
+app.add_typer(expression_app, name="expression")
+style_app = typer.Typer(help="Learn a speaker's manner from a clip.", no_args_is_help=True)
+app.add_typer(style_app, name="style")
 evaluate_app = typer.Typer(help="Measure how well mouths follow, speak and look.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -130,6 +134,28 @@ def lipsync(
     keep_audio: Annotated[
         float, typer.Option(help="How loud to mix in the source's own sound: a level from 0 to 1.")
     ] = 0.0,
+    expression: Annotated[
+        str | None,
+        typer.Option(
+            help="What to express: happy:0.6, mouthSmile:0.4,browInnerUp:0.2 or auto; `beavervision expression list` has all "
+            "names. Marks in the text, [happy] Great news, change it on the way."
+        ),
+    ] = None,
+    expression_track: Annotated[Path | None, typer.Option(help="Keyframes of expressions to add: a JSON file.")] = None,
+    style: Annotated[
+        Path | None, typer.Option(help="The manner of another speaker, as `beavervision style learn` writes it.")
+    ] = None,
+    alive: Annotated[
+        bool | None,
+        typer.Option(
+            "--alive/--frozen",
+            help="Let the face blink, breathe and stress words unasked, or not. By default stills alone do.",
+        ),
+    ] = None,
+    restore: Annotated[
+        str | None, typer.Option(help="A face restorer to run over the pictures: one that `models add` imported.")
+    ] = None,
+    restore_area: Annotated[str, typer.Option(help="Where its detail shows: mouth or face.")] = "mouth",
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
     preset: Preset = None,
@@ -147,7 +173,7 @@ def lipsync(
             f"Say what to speak: exactly one of {', '.join(words)}"
             + (f", not {' and '.join(given)}." if given else ".")
         )
-    _check_apart([source, text_file, audio, subtitles], [out, report, sheet])
+    _check_apart([source, text_file, audio, subtitles, expression_track, style], [out, report, sheet])
     for path in (report, sheet):
         _check_place(path)
     settings = Settings.load()
@@ -173,6 +199,12 @@ def lipsync(
             fit=fit,  # type: ignore[arg-type]  # checked there
             face=face,
             keep_audio=keep_audio,
+            expression=expression,
+            expression_track=expression_track,
+            style=style,
+            alive=alive,
+            restore=restore,
+            restore_area=restore_area,  # type: ignore[arg-type]  # checked there
             sheet=sheet,
             on_progress=told,
         )
@@ -193,16 +225,18 @@ def say(
     seed: Seed = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Speak a text into a sound file."""
+    """Speak a text into a sound file; marks of expressions in it are left out."""
     _check_apart([], [out, phones])
     for path in (out, phones):
         _check_place(path)
     if text == "-":
         text = _read_text(Path("-"))
 
+    from beavervision.expression import ExpressionStore, Marked
     from beavervision.speech import Speaker, write_wav
 
     settings = Settings.load()
+    text = Marked.of(text, ExpressionStore(settings.data_dir).looks()).text
     speaker = Speaker(voices_dir=settings.voices_dir)
     chosen = speaker.voice(*settings.voice_for(voice, language))
     made: list[dict[str, Any]] = []
@@ -272,11 +306,7 @@ def models(context: typer.Context, as_json: JsonFlag = False) -> None:
             fact["name"],
             fact["kind"],
             fact["licence_weights"],
-            "not bundled"
-            if fact["name"] == "wav2lip" and not fact["imported"]
-            else "imported"
-            if fact["imported"]
-            else "ok",
+            "imported" if fact["imported"] else "not bundled" if "Not bundled" in fact["summary"] else "ok",
             (fact["sha256"] or "")[:12],
             fact["summary"],
         )
@@ -287,11 +317,11 @@ def models(context: typer.Context, as_json: JsonFlag = False) -> None:
 
 @models_app.command("add")
 def models_add(
-    file: Annotated[Path, typer.Argument(help="A Wav2Lip checkpoint (.pth).")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint (.pth or .safetensors) of Wav2Lip or a face restorer.")],
     name: Annotated[str | None, typer.Option(help="What to call it; by default as the file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Import a checkpoint of your own. No code in it is run; needs the extra gpu."""
+    """Import a checkpoint of your own. No code in it is run; needs the extra gpu, for a face restorer the extra restore."""
     from beavervision.models.store import ModelStore
 
     stored = ModelStore(Settings.load().data_dir).add(file, name)
@@ -299,7 +329,7 @@ def models_add(
     use = " --allow-non-commercial" if stored.card.non_commercial else ""
     lines = [
         f"{stored.card.name} is imported into {stored.folder}. Its licence: {stored.card.licence_weights}.",
-        f"Use it with: --model {stored.card.name}{use}",
+        f"Use it with: {'--restore' if stored.card.kind == 'restore' else '--model'} {stored.card.name}{use}",
     ]
     _show(as_json, facts, lines)
 
@@ -314,6 +344,99 @@ def models_remove(
 
     ModelStore(Settings.load().data_dir).remove(name)
     _show(as_json, {"removed": name}, [f"{name} is removed."])
+
+
+@expression_app.callback(invoke_without_command=True)
+def expressions(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List the expressions; record, share or remove your own."""
+    if context.invoked_subcommand is None:
+        expression_list(as_json)
+
+
+@expression_app.command("list")
+def expression_list(as_json: JsonFlag = False) -> None:
+    """List all names that --expression and marks take."""
+    from beavervision.expression import ExpressionStore, known
+
+    names = known(ExpressionStore(Settings.load().data_dir).looks())
+    rows = [(k.name, k.kind, f"{k.low:g} to {k.high:g}", k.summary) for k in names]
+    _show(as_json, {"expressions": [asdict(k) for k in names]}, _table(("name", "kind", "numbers", ""), rows))
+
+
+@expression_app.command("learn")
+def expression_learn(
+    source: Annotated[Path, typer.Argument(metavar="FACE", help="A photo or a clip of the expression.")],
+    name: Annotated[str, typer.Option(help="What to call it.")],
+    neutral: Annotated[Path | None, typer.Option(help="A photo or a clip of the same person, unmoved.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Record an expression of your own from a photo or a clip."""
+    from beavervision.expression import ExpressionStore
+    from beavervision.pipeline import learn_expression
+
+    made = learn_expression(name, source, neutral)
+    path = ExpressionStore(Settings.load().data_dir).add(made)
+    strongest = sorted(made.controls.items(), key=lambda item: -abs(item[1]))[:6]
+    lines = [
+        f"{name} is kept in {path}: " + ", ".join(f"{control} {value:+.2f}" for control, value in strongest),
+        f"Use it with: --expression {name}:1",
+    ]
+    _show(as_json, {**made.as_dict(), "path": str(path)}, lines)
+
+
+@expression_app.command("show")
+def expression_show(name: Annotated[str, typer.Argument(help="An expression of yours.")]) -> None:
+    """Print an expression of yours as JSON: its file, to share."""
+    from beavervision.expression import ExpressionStore
+
+    _show(True, ExpressionStore(Settings.load().data_dir).get(name).as_dict(), [])
+
+
+@expression_app.command("import")
+def expression_import(
+    file: Annotated[Path, typer.Argument(help="The JSON file of an expression that somebody shared.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; by default as in the file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep an expression that somebody shared."""
+    from beavervision.expression import ExpressionStore
+
+    made = ExpressionStore(Settings.load().data_dir).load(file, name)
+    _show(as_json, made.as_dict(), [f"{made.name} is kept. Use it with: --expression {made.name}:1"])
+
+
+@expression_app.command("remove")
+def expression_remove(
+    name: Annotated[str, typer.Argument(help="An expression of yours.")], as_json: JsonFlag = False
+) -> None:
+    """Delete an expression of yours."""
+    from beavervision.expression import ExpressionStore
+
+    ExpressionStore(Settings.load().data_dir).remove(name)
+    _show(as_json, {"removed": name}, [f"{name} is removed."])
+
+
+@style_app.command("learn")
+def style_learn(
+    clip: Annotated[Path, typer.Argument(metavar="CLIP", help="A video of a speaker, four seconds or more.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Learn a speaker's manner: how far the mouth moves, the face at rest, brows, blinks and head."""
+    _check_apart([clip], [out])
+    _check_place(out)
+    from beavervision.pipeline import learn_style
+
+    made = learn_style(clip)
+    made.write(out)
+    manner = made.manner
+    lines = [
+        f"{out}: mouth {made.amplitude:.2f}, brows {manner.brows:.2f}, {manner.blinks_per_min:.0f} blinks a minute, head "
+        + "/".join(f"{value:.1f}" for value in manner.sway_deg)
+        + " degrees",
+        f"Use it with: --style {out}",
+    ]
+    _show(as_json, made.as_dict(), lines)
 
 
 @app.command()
@@ -429,6 +552,24 @@ def evaluate_follow(
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
+@evaluate_app.command("redraw")
+def evaluate_redraw(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    limit: Annotated[int | None, typer.Option(help="So many clips only, spread over the index.")] = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Close each talker's mouth, give it back its real motion, and compare the pixels: the renderer of beaver alone."""
+    from beavervision.evaluate.redraw import format_table, redraw
+
+    def told(done: int, total: int, file: str) -> None:
+        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
+
+    measured = redraw(folder, split, limit=limit, on_progress=None if quiet else told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
 @evaluate_app.command("articulation")
 def evaluate_articulation(
     source: Annotated[Path, typer.Argument(metavar="FACE", help="A video or a picture of the face.")],
@@ -448,6 +589,17 @@ def evaluate_articulation(
     with _progress(quiet) as told:
         measured = articulation(pipeline, source, voice=voice, seed=seed, on_progress=told)
     _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("sync")
+def evaluate_sync(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")], as_json: JsonFlag = False
+) -> None:
+    """Offset and confidence of sound and lips, by the project's own scorer."""
+    from beavervision.evaluate.sync import SyncJudge, format_table
+
+    report = SyncJudge().judge(video)
+    _show(as_json, report.as_dict(), format_table(report))
 
 
 @evaluate_app.command("lse")
@@ -506,6 +658,60 @@ def serve(
         print(add_key(key_file(settings), new_key))
     else:
         run(settings)
+
+
+@app.command()
+def loadtest(
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", help="The service, such as http://127.0.0.1:8000.")
+    ] = None,
+    start: Annotated[bool, typer.Option("--start", help="Start a service of its own on this machine instead.")] = False,
+    workers: Annotated[int | None, typer.Option(help="With --start: processes that draw.")] = None,
+    users: Annotated[str, typer.Option(help="How many users at once, one number after another.")] = "1,5,10,20",
+    seconds: Annotated[float, typer.Option(help="How long each scenario goes on, for each number of users.")] = 30,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="single_user_continuous, multi_user_concurrent, peak_load or recovery; by default all."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="What each job says; by default a sentence of two seconds.")] = None,
+    face: Annotated[Path | None, typer.Option(help="The face of each job; by default the sample portrait.")] = None,
+    key: Annotated[Path | None, typer.Option(help="A file with the API key to send.")] = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try a service with many users: availability, success, response time, latency, pictures a second, memory.
+
+    Exit code 1 says that a request failed.
+    """
+    from beavervision.evaluate.samples import portrait
+    from beavervision.serve.loadtest import SCENARIOS, SENTENCE, Plan, format_table, own_service
+    from beavervision.serve.loadtest import loadtest as run
+
+    if (url is None) != start or (workers is not None and not start):
+        raise UsageError("Give the address of a service, or --start (and then --workers) for one of its own.")
+    if not all(number.strip().isdecimal() for number in users.split(",")):
+        raise UsageError(f"--users {users}: give numbers with commas between, such as 1,5,10,20.")
+    plan = Plan(
+        users=tuple(int(number) for number in users.split(",")),
+        seconds=seconds,
+        scenarios=SCENARIOS if not scenario else tuple(scenario),
+        text=SENTENCE if text is None else text,
+    )
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        secret = None if key is None else key.read_text(encoding="utf-8").strip()
+        with nullcontext(face) if face is not None else portrait() as path:
+            picture = path.read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{face or key} cannot be read: {error}. Check the name and the rights.") from error
+    with own_service(workers) if start else nullcontext(url) as address:
+        measured = run(str(address), picture, plan, key=secret, on_progress=None if quiet else told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+    if measured.failed:
+        raise typer.Exit(1)
 
 
 # What commands share -----------------------------------------------------------------------------

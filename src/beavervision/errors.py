@@ -13,6 +13,7 @@
     |-- ModelError               5   a model is missing, damaged or not allowed
     |   `-- LicenceError         5     its licence was not accepted
     |-- DeviceError              6   the device asked for is not there or is out of memory
+    |-- BusyError                7   no more live sessions, or no more sound, can be taken now
     `-- Interrupted            130   stopped by the user; nothing was left behind
 
 Each message says what is wrong and what to do. Errors of libraries are translated where they enter
@@ -92,6 +93,13 @@ class DeviceError(BeaverVisionError):
 
     code = "device"
     exit_code = 6
+
+
+class BusyError(BeaverVisionError):
+    """No more live sessions, or no more sound, can be taken now: later, or less of it."""
+
+    code = "busy"
+    exit_code = 7
 
 
 class Interrupted(BeaverVisionError):

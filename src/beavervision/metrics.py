@@ -6,6 +6,7 @@ report and the command line. Only the engine and the server write here: stages n
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -52,7 +53,11 @@ DEVICE_MEMORY_USED_BYTES = Gauge(
 DEVICE_MEMORY_BUDGET_BYTES = Gauge(
     "beavervision_device_memory_budget_bytes", "What may be used of a device's memory", ["device"], registry=REGISTRY
 )
+DEVICE_UTILISATION = Gauge(
+    "beavervision_device_utilisation_ratio", "How busy a GPU is, of 1, as its driver tells", ["device"], registry=REGISTRY
+)
 JOBS = Counter("beavervision_jobs", "Jobs that ended, by outcome", ["outcome"], registry=REGISTRY)
+WEBHOOKS = Counter("beavervision_webhooks", "Webhooks tried, by outcome", ["outcome"], registry=REGISTRY)
 JOBS_QUEUED = Gauge("beavervision_jobs_queued", "Jobs that wait for a worker", registry=REGISTRY)
 JOB_SECONDS = Histogram(
     "beavervision_job_seconds",
@@ -68,6 +73,44 @@ HTTP_SECONDS = Histogram(
     registry=REGISTRY,
 )
 JOBS_RUNNING = Gauge("beavervision_jobs_running", "Jobs at work now", registry=REGISTRY)
+
+LIVE_SESSIONS = Gauge("beavervision_live_sessions", "Live sessions that are open", registry=REGISTRY)
+LIVE_PICTURES_DUE = Counter(
+    "beavervision_live_pictures_due", "Pictures of a session whose time came", ["session"], registry=REGISTRY
+)
+LIVE_PICTURES_DROPPED = Counter(
+    "beavervision_live_pictures_dropped", "Those that were not there in time", ["session"], registry=REGISTRY
+)
+LIVE_DELAY_SECONDS = Histogram(
+    "beavervision_live_delay_seconds",
+    "From the arrival of streamed sound to the moment that holds it",
+    ["session"],
+    buckets=(0.1, 0.15, 0.2, 0.225, 0.25, 0.3, 0.4, 0.6, 1, 2),
+    registry=REGISTRY,
+)
+LIVE_SKEW_SECONDS = Gauge(
+    "beavervision_live_skew_seconds", "Largest distance of a picture's time from its sound's", ["session"], registry=REGISTRY
+)
+LIVE_SAY_SECONDS = Histogram(
+    "beavervision_live_say_seconds",
+    "From a text to its first sound and picture",
+    buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1.5, 3, 10),
+    registry=REGISTRY,
+)
+LIVE_ENCODED_SECONDS = Histogram(
+    "beavervision_live_encoded_seconds",
+    "From the time of a moment to its encoded picture and sound",
+    buckets=(0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.5, 2),
+    registry=REGISTRY,
+)
+_LIVE = (LIVE_PICTURES_DUE, LIVE_PICTURES_DROPPED, LIVE_DELAY_SECONDS, LIVE_SKEW_SECONDS)
+
+
+def forget_live(session: str) -> None:
+    """A session is over: its series end."""
+    for metric in _LIVE:
+        with contextlib.suppress(KeyError):
+            metric.remove(session)
 
 
 def exposition() -> bytes:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,23 +25,30 @@ from beavervision.engine.flow import Flow
 from beavervision.engine.host import cores
 from beavervision.engine.memory import MemoryBudget
 from beavervision.engine.placement import DevicePlan, Placement, StageCost, available_devices, plan, resolve
-from beavervision.errors import NoFaceError, TextError, UsageError
-from beavervision.media import Audio, Clip, Net, Picture, Stage, pictures_for
+from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
+from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
+from beavervision.media import Audio, Clip, Face, Frames, Net, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import load as load_beaver
 from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
+from beavervision.models.expression import load_basis
 from beavervision.models.face import FaceNets
+from beavervision.models.restorers import Restorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
-from beavervision.speech import CueReport, Speaker, SpeechChunk, parse_srt
+from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt
 from beavervision.stages.decode import Decode, SourceInfo, audio_info, probe, read_audio, resample
 from beavervision.stages.detect import Detect, FaceChoice, Survey, survey
 from beavervision.stages.encode import Encode
-from beavervision.stages.hear import Hear
+from beavervision.stages.express import Express
+from beavervision.stages.hear import FRONT_ENDS, Hear
+from beavervision.stages.hear import RATE_HZ as HEAR_HZ
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
 from beavervision.stages.lipsync_wav2lip import Wav2LipSync
+from beavervision.stages.mark import Mark
 from beavervision.stages.render import Render
+from beavervision.stages.restore import Area, Restore
 from beavervision.stages.watch import Watch, check_sheet
 
 Fit = Literal["loop", "trim", "freeze", "keep"]
@@ -49,7 +56,8 @@ Fit = Literal["loop", "trim", "freeze", "keep"]
 Progress = Callable[[int, int | None], None]
 
 SPEECH_HZ = 48_000  # synthetic speech is written at the rate that every player likes
-_BLOCK = 8  # pictures in a clip
+_BLOCK = 8  # pictures in a clip, fewer where they are so large that it would have more than
+_BLOCK_BYTES = 32 << 20
 _SHARED_BATCH, _SHARED_DEADLINE_MS = 32, 4.0  # of networks that several runs share
 # What the stages cost for a 720p picture with `beavervision bench`, for the planning of devices and threads.
 _COSTS = {
@@ -64,6 +72,9 @@ _SURVEY_S = 8  # of the source are looked at first,
 _SURVEY_HZ = 4  # so many pictures a second,
 _SURVEY_CLIPS = 4  # of a caller's own source
 _SEARCH_HZ = 1  # and, where none of them has a face, so many in the rest
+_ACCENT_AHEAD_S = 0.12  # so far ahead stressed syllables are looked for
+_LIVE_VOICE_AHEAD_MS = 80.0  # a compromise of how early the lips part and how long a live stream is held back
+_LEARN_S = 300  # of a clip, at most, an expression or a style is learned from
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,9 @@ class Pipeline:
         self.speaker = Speaker(threads=1, voices_dir=self.settings.voices_dir)
         self.budgets = tuple(MemoryBudget(d, threshold) for d in dict.fromkeys(("cpu", *self.plan["lipsync"].devices)))
         self._voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
+        self._allow_non_commercial = allow_non_commercial
+        self._restorers: dict[str, Restorer] = {}
+        self._restorers_lock = threading.Lock()
         make = _MODELS.get(name, _Imported)
         self._model: _Model = make(name, self.plan["lipsync"], self.settings.data_dir, allow_non_commercial)
         for budget in self.budgets:
@@ -139,6 +153,14 @@ class Pipeline:
         fit: Fit = "loop",
         face: str = "largest",
         keep_audio: float = 0.0,
+        expression: str | None = None,
+        expression_track: Path | str | Mapping[str, Any] | Sequence[Any] | None = None,
+        style: Path | str | Mapping[str, Any] | None = None,
+        alive: bool | None = None,
+        restore: str | None = None,
+        restore_area: Area = "mouth",
+        mark: bool = False,
+        seen: Survey | None = None,
         sheet: Path | str | None = None,
         on_progress: Progress | None = None,
         cancel: threading.Event | None = None,
@@ -152,6 +174,14 @@ class Pipeline:
                 longer one is cut; ``trim`` ends with the shorter of the two; ``keep`` keeps the picture's own length.
             face: which face, as :meth:`beavervision.stages.detect.FaceChoice.parse`.
             keep_audio: the level, 0 to 1, at which the source's own sound is mixed in.
+            expression: what to express, as :func:`beavervision.expression.parse`: ``happy:0.6``, say, or ``auto``. Marks in the
+                text or the subtitles (``[happy] Great news.``) change it on the way; they are not spoken.
+            expression_track: keyframes to add to it, as :meth:`beavervision.expression.Track.of`, or the JSON file that has them.
+            style: the manner of another speaker, see :func:`learn_style`: a JSON file or what it holds.
+            alive: let the face blink, breathe and stress words unasked; None does so for stills alone.
+            restore: an imported face restorer to run over the pictures; None for none. restore_area: where its detail shows.
+            mark: say in a corner of the pictures that they are synthetic.
+            seen: what :meth:`look` found in `source`, whose `face` it was; None looks now.
             sheet: where to write a contact sheet (PNG) as well.
             cancel: setting it ends the run with Interrupted and leaves nothing behind.
 
@@ -164,22 +194,29 @@ class Pipeline:
             raise UsageError(f"fit {fit!r}: use {', '.join(get_args(Fit))}.")
         if not 0 <= keep_audio <= 1:
             raise UsageError(f"keep_audio is a level between 0 and 1, not {keep_audio:g}.")
+        if restore_area not in get_args(Area):
+            raise UsageError(f"restore_area {restore_area!r}: use {' or '.join(get_args(Area))}.")
         choice = FaceChoice.parse(face)
+        restorer = self._restorer(restore) if restore else None
         encode = Encode(self.settings.preset, self.settings.crf, threads=self.plan["encode"].threads).to(out)
         if sheet is not None:
             check_sheet(Path(sheet))
         info = probe(source)
         notes += info.notes
-        words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, notes.append)
+        script = self._script(expression, expression_track)
+        manner = style if style is None else _style(style)
+        words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, script, notes.append)
+        alive = info.kind == "still" if alive is None else alive
         nets = FaceNets()
-        seen = self._survey(info, nets, choice)
+        seen = seen or self._survey(info, nets, choice)
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None
         if keep_audio:
             background = _background(info, words, notes.append)
+        picture_bytes = info.width_px * info.height_px * 3 // 2
         decode = Decode(
-            _BLOCK,
+            max(1, min(_BLOCK, _BLOCK_BYTES // picture_bytes)),
             extend={"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit],  # type: ignore[arg-type]
             on_note=notes.append,
         )
@@ -196,8 +233,19 @@ class Pipeline:
             )
 
         flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
-        flow = flow.then(Detect(nets, seen.choice)).then(_Named("hear", hear)).then(self._model.stage(seen))
-        flow = flow.then(Render(match=self._model.seams)).then(watch).then(encode)
+        flow = flow.then(Detect(nets, seen.choice)).then(_Named("hear", hear))
+        expresses = alive or manner is not None or script.anything
+        if expresses:
+            flow = flow.then(self._direct(script, alive, seed, manner))
+        flow = flow.then(self._model.stage(seen, None if manner is None else manner.amplitude))
+        flow = flow.then(Render(match=self._model.seams))
+        if expresses:
+            flow = flow.then(Express(load_basis()))
+        if restorer is not None:
+            flow = flow.then(Restore(restorer, restore_area))
+        if mark:
+            flow = flow.then(Mark())
+        flow = flow.then(watch).then(encode)
         done = 0
         with closing(iter(flow)) as clips:
             for clip in clips:
@@ -216,16 +264,36 @@ class Pipeline:
             },
             source=_source_facts(info),
             speech=words.facts(),
-            model=self._model.facts(),
+            model=self._model.facts() | ({} if restorer is None else {"restore": restore, "restore_area": restore_area}),
             track=watch.facts(),
             times=times.report(),
             notes=tuple(dict.fromkeys(notes)),
         )
 
-    def clips(self, clips: Iterable[Clip], audio: Iterable[Audio], *, face: str = "largest") -> Iterator[Clip]:
+    def look(self, source: Path | str, *, face: str = "largest") -> Survey:
+        """Find the face of `source` once, for the `seen` of many runs.
+
+        Raises:
+            MediaError, NoFaceError, UsageError: as :meth:`lipsync`.
+        """
+        return self._survey(probe(source), FaceNets(), FaceChoice.parse(face))
+
+    def clips(
+        self,
+        clips: Iterable[Clip],
+        audio: Iterable[Audio],
+        *,
+        face: str = "largest",
+        script: Script | None = None,
+        style: Style | None = None,
+        alive: bool = False,
+        seed: int = 0,
+    ) -> Iterator[Clip]:
         """Bring your own source and sink: clips with frames in, the same with drawn mouths and their sound out.
 
         It ends with the sound or with the pictures, whichever is first. The first clips are held back to look at the face.
+        `script` says what to express; :meth:`~beavervision.expression.Script.set` changes it while the clips go by. `style`,
+        `alive` and `seed` are as for :meth:`lipsync`.
 
         Raises:
             NoFaceError: the first four clips begin with no face.
@@ -239,16 +307,83 @@ class Pipeline:
                 "There is no face in the first pictures. Begin with a picture that shows one from the front."
             )
         hear = self._hear()
+        expresses = alive or style is not None or script is not None
         stages: list[Stage] = [
             Detect(nets, seen.choice),
             _Named("hear", lambda heard: hear(heard, iter(audio))),
-            self._model.stage(seen),
+            *([self._direct(script or Script(), alive, seed, style)] if expresses else []),
+            self._model.stage(seen, None if style is None else style.amplitude),
             Render(match=self._model.seams),
+            *([Express(load_basis())] if expresses else []),
         ]
         flow = Flow(lambda: itertools.chain(first, incoming), guard=self._check_memory)
         for stage in stages:
             flow = flow.then(stage)
         return iter(flow)
+
+    def live(
+        self,
+        seen: Survey,
+        rate: Fraction,
+        audio: Iterator[Audio],
+        *,
+        between: Sequence[Stage] = (),
+        script: Script | None = None,
+        seed: int = 0,
+    ) -> tuple[Stage, ...]:
+        """The stages of a live run after tracking: hearing `audio`, direction, `between`, and drawing. See :mod:`beavervision.live`."""
+        hear = self.live_hear(rate)
+        return (
+            _Named("hear", lambda clips: hear(clips, audio)),
+            *([self._direct(script, False, seed, None)] if script is not None else []),
+            *between,
+            self._model.stage(seen),
+            Render(match=self._model.seams),
+            *([Express(load_basis())] if script is not None else []),
+        )
+
+    def live_hear(self, rate: Fraction) -> Hear:
+        """Hearing for clips of one picture at `rate`: no further ahead of a picture than the model declares."""
+        timing = self._model.timing
+        window_ms = FRONT_ENDS[self._model.front_end].after * 1000 / HEAR_HZ
+        ahead_ms = max(timing.look_ahead_ms - window_ms - float(1000 / rate), 0.0)
+        return Hear(self._model.front_end, timing.left_context_ms, ahead_ms, self._voice, _LIVE_VOICE_AHEAD_MS)
+
+    @property
+    def timing(self) -> Timing:
+        """What the model must hear around a picture."""
+        return self._model.timing
+
+    def script(self, expression: str = "", track: Track | None = None) -> Script:
+        """What a run is to express, with this user's custom expressions: for :meth:`clips`, and to change while it runs.
+
+        Raises:
+            UsageError: `expression` is not understood.
+        """
+        return Script(expression, track, ExpressionStore(self.settings.data_dir).looks())
+
+    def _script(self, expression: str | None, track: Path | str | Mapping[str, Any] | Sequence[Any] | None) -> Script:
+        custom = ExpressionStore(self.settings.data_dir).looks()
+        keys = None
+        if track is not None:
+            keys = Track.read(Path(track), custom) if isinstance(track, (str, Path)) else Track.of(track, custom)
+        return self.script(expression or "", keys)
+
+    def _direct(self, script: Script, alive: bool, seed: int, style: Style | None) -> Direct:
+        ahead_s = min(_ACCENT_AHEAD_S, self._model.timing.look_ahead_ms / 1000)
+        return Direct(script, alive=alive, seed=seed, style=style, ahead_s=ahead_s)
+
+    def _restorer(self, name: str) -> Restorer:
+        where = self.plan["lipsync"]
+        with self._restorers_lock:
+            if name not in self._restorers:
+                self._restorers[name] = ModelStore(self.settings.data_dir).open_restorer(
+                    name,
+                    allow_non_commercial=self._allow_non_commercial,
+                    device=where.devices[0],
+                    threads=where.threads,
+                )
+            return self._restorers[name]
 
     def _check_memory(self) -> None:
         for budget in self.budgets:
@@ -277,7 +412,7 @@ class Pipeline:
         if not seen.references:
             raise NoFaceError(
                 f"{info.path}: no face was found. Use a picture that shows a face from the front, at least 30 pixels wide"
-                + (", or another --face." if seen.faces_seen else ".")
+                + (", or choose another face." if seen.faces_seen else ".")
             )
         return seen
 
@@ -291,6 +426,7 @@ class Pipeline:
         speed: float,
         pitch: float,
         seed: int,
+        script: Script,
         note: Callable[[str], None],
     ) -> _Words:
         given = [
@@ -309,11 +445,17 @@ class Pipeline:
         if subtitles is not None:
             cues: list[CueReport] = []
             parsed = parse_srt(Path(subtitles))
-            chunks = self.speaker.speak_cues(parsed, on_report=cues.append, **how)
+            plain, marked = _unmarked(parsed, script, note)
+            chunks = self.speaker.speak_cues(plain, on_report=cues.append, **how)
+            chunks = marked.follow(chunks, script, language=chosen.language)
             return _Synthetic("subtitles", chunks, facts, note, until_ms=parsed[-1].end_ms, cues=cues)
-        if text is None or not text.strip():
+        marked = Marked.of(text or "", script.custom)
+        if not marked.text.strip():
             raise TextError("The text is empty. Give at least one word.")
-        return _Synthetic("text", self.speaker.speak(text, **how), facts, note, characters=len(text))
+        if marked.marks:
+            script.expect()
+        chunks = marked.follow(self.speaker.speak(marked.text, **how), script, language=chosen.language)
+        return _Synthetic("text", chunks, facts, note, characters=len(marked.text))
 
 
 def lipsync(
@@ -322,6 +464,66 @@ def lipsync(
     """One run with networks of its own; the options are those of :meth:`Pipeline.lipsync` and `allow_non_commercial`."""
     allow = bool(options.pop("allow_non_commercial", False))
     return Pipeline(model, device=device, allow_non_commercial=allow).lipsync(source, out, **options)
+
+
+def learn_expression(name: str, source: Path | str, neutral: Path | str | None = None) -> Custom:
+    """The expression in a photo or a clip of a person, relative to a `neutral` one of the same person if there is any.
+
+    Raises:
+        NoFaceError, InputError, UsageError: as :func:`beavervision.expression.learn_custom`, or a file cannot be read.
+    """
+    rest = None if neutral is None else (face for _, face in _faces(neutral))
+    return learn_custom(name, (face for _, face in _faces(source)), rest)
+
+
+def learn_style(source: Path | str) -> Style:
+    """The manner of a speaker from a clip of four seconds or more.
+
+    Raises:
+        NoFaceError: a face is seen for less.
+        InputError: the file cannot be read, or is a still.
+    """
+    info = probe(source)
+    if info.kind == "still":
+        raise MediaError(f"{source} is a still: a manner shows in motion alone. Use a video.")
+    return Style.learn((face for _, face in _faces(source)), info.rate)
+
+
+def _faces(source: Path | str) -> Iterator[tuple[Picture, Face | None]]:
+    """The pictures of a file, at most its first five minutes, with the largest face in each."""
+    info = probe(source)
+    count = 1 if info.kind == "still" else int(_LEARN_S * info.rate)
+    with closing(_pictures(info)) as pictures:
+        clips = (
+            Clip(Frames((picture,), number, info.rate))
+            for number, picture in enumerate(itertools.islice(pictures, count))
+        )
+        for clip in Detect(FaceNets(), look_ahead=0)(clips):
+            assert clip.track is not None
+            yield clip.frames.pictures[0], clip.track.faces[0]
+
+
+def _style(style: Path | str | Mapping[str, Any]) -> Style:
+    return Style.of(style) if isinstance(style, Mapping) else Style.read(Path(style))
+
+
+def _unmarked(cues: Sequence[Cue], script: Script, note: Callable[[str], None]) -> tuple[list[Cue], Marked]:
+    """The cues without their marks. A cue of marks alone is not spoken: they hold from its time on."""
+    plain: list[Cue] = []
+    parts: list[Marked] = []
+    for cue in cues:
+        part = Marked.of(cue.text, script.custom, strict=False)
+        for left in part.left:
+            note(f"{left} in the subtitles is no expression that is known, and is spoken.")
+        if part.marks:
+            script.expect()
+        if part.marks and not part.text.strip():
+            for _, wanted in part.marks:
+                script.mark(cue.start_ms / 1000, wanted)
+            continue
+        parts.append(part)
+        plain.append(replace(cue, text=part.text))
+    return plain, Marked.joined(parts)
 
 
 # Lip-sync models ---------------------------------------------------------------------------------
@@ -336,7 +538,8 @@ class _Model:
     net: MicroBatcher  # the network that runs share
     seams: bool  # whether what it draws differs from the picture at the mask's edge
 
-    def stage(self, seen: Survey) -> Stage:
+    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
+        """`amplitude`, that of another speaker, replaces the person's own where the model knows of such a thing."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -358,9 +561,9 @@ class _Beaver(_Model):
         self.timing = self._files.timing
         self.net = _shared(self._files.painter, "painter")
 
-    def stage(self, seen: Survey) -> Stage:
+    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
         files = self._files
-        profile = profile_of(seen.references, files.basis)
+        profile = profile_of(seen.references, files.basis, amplitude)
         return BeaverSync(files.motion, self.net, files.basis, profile)
 
 
@@ -380,7 +583,7 @@ class _Imported(_Model):
         self.timing = Wav2LipSync.timing
         self.net = _shared(net, name)
 
-    def stage(self, seen: Survey) -> Stage:
+    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
         return Wav2LipSync(self.net)
 
 

@@ -29,6 +29,9 @@ _POSITIVE = (
     "serve_max_side_px",
     "serve_link_s",
     "serve_keep_hours",
+    "serve_burst",
+    "serve_max_avatars",
+    "live_idle_s",
 )
 
 
@@ -64,6 +67,27 @@ class Settings:
     serve_lease_s: float = 15.0  # a worker silent for so long loses its job
     serve_job_limit_s: float = 3600.0  # the longest that one attempt may take
     serve_drain_s: float = 60.0  # how long running jobs may go on after SIGTERM
+    serve_rate_per_s: float = 0.0  # requests of one key, or without keys of one address; 0: no limit
+    serve_burst: int = 20  # of them at once
+    serve_daily_media_s: float = 0.0  # of video made for one key in 24 hours; 0: no limit
+    serve_max_avatars: int = 100  # of one key
+    serve_webhook_hosts: str = ""  # hosts that webhooks may reach without TLS or at a private address, with commas between
+    serve_storage: str = ""  # gs://BUCKET/FOLDER; empty: local files in serve_folder
+    serve_otlp: str = ""  # where traces go by OTLP over HTTP, as http://localhost:4318; empty: nowhere
+    serve_log: str = "text"  # or json: one document a line, as Cloud Logging reads it
+    serve_c2pa_cert: str = ""  # a PEM file with a certificate chain: results carry content credentials
+    serve_c2pa_key: str = ""  # a PEM file with the certificate's key
+    serve_c2pa_alg: str = "es256"  # es256, es384, es512, ps256, ps384, ps512 or ed25519, as the key is
+    serve_mark: bool = False  # every result says visibly that it is synthetic
+    live_sessions: int = 0  # live sessions at once; 0: as many as this machine can carry
+    live_idle_s: float = 60.0  # a session that nobody watches or speaks through for so long ends
+    live_udp_hosts: str = ""  # addresses of this machine that WebRTC may use, with commas between; empty: all
+    live_public_host: str = ""  # the address of a router that forwards UDP to this machine
+    live_ice_servers: str = ""  # stun:HOST:PORT and turn:HOST:PORT?transport=udp, with commas between
+    live_turn_user: str = ""
+    live_turn_password: str = ""
+    live_turn_secret: str = ""  # makes users and passwords that expire, as coturn's static-auth-secret; instead of those two
+    live_push_hosts: str = ""  # hosts that sessions may be pushed to by RTMP, with commas between; *: any
     serve_max_upload_mb: int = 512
     serve_max_text_chars: int = 10_000
     serve_max_media_s: float = 600.0
@@ -107,6 +131,11 @@ class Settings:
         object.__setattr__(self, "serve_folder", self.serve_folder.expanduser())
         if not 0 < self.memory_threshold <= 1:
             raise UsageError(f"memory_threshold is a share between 0 and 1, not {self.memory_threshold}.")
+        for url in filter(None, (url.strip() for url in self.live_ice_servers.split(","))):
+            if not url.startswith(("stun:", "turn:", "turns:")):
+                raise UsageError(f"live_ice_servers: {url!r} is no server. Write stun:HOST:PORT or turn:HOST:PORT.")
+        if self.live_sessions < 0:
+            raise UsageError(f"live_sessions must be 0 or more, not {self.live_sessions}.")
         if self.threads < 0 or not 0 <= self.crf <= 51:
             raise UsageError("threads must be 0 or more, and crf between 0 and 51.")
         if not 0 <= self.serve_port <= 65535:
@@ -114,7 +143,11 @@ class Settings:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}.")
-        for name in ("serve_wait_s", "serve_drain_s"):
+        if self.serve_log not in ("text", "json"):
+            raise UsageError(f"serve_log is text or json, not {self.serve_log!r}.")
+        if bool(self.serve_c2pa_cert) != bool(self.serve_c2pa_key):
+            raise UsageError("serve_c2pa_cert and serve_c2pa_key belong together: set both or none.")
+        for name in ("serve_wait_s", "serve_drain_s", "serve_rate_per_s", "serve_daily_media_s"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 

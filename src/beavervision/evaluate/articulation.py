@@ -148,7 +148,7 @@ def articulation(
     with tempfile.TemporaryDirectory(prefix="beavervision-articulation-") as scratch:
         sound, out = Path(scratch) / "speech.wav", Path(scratch) / "out.mp4"
         write_wav(_spoken(pipeline, sentences, voice, seed, phones), sound)
-        report = pipeline.lipsync(face, out, audio=sound, on_progress=on_progress)
+        report = pipeline.lipsync(face, out, audio=sound, alive=False, on_progress=on_progress)
         track = lip_track(out, FaceNets())
     if track.seen < _LEAST_SEEN:
         raise InputError(f"{face}: the face is seen in {track.seen:.0%} of the pictures only. Use a steadier one.")

@@ -257,7 +257,7 @@ def run_once(
     pipeline = Pipeline(settings=settings, **options)
     load_ms = (time.perf_counter() - begin_s) * 1e3
     out = Path(source).with_name("out.mp4")
-    report = pipeline.lipsync(source, out, text=text, fit="keep", on_progress=on_progress)
+    report = pipeline.lipsync(source, out, text=text, fit="keep", alive=False, on_progress=on_progress)
     times = report.times
     pictures = times["pictures"]
     return {

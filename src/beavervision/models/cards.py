@@ -14,7 +14,7 @@ from typing import Literal
 
 from beavervision.errors import ModelError
 
-Kind = Literal["lipsync", "face", "tts", "vad", "scorer"]
+Kind = Literal["lipsync", "face", "tts", "vad", "scorer", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,47 @@ SILERO_VAD = ModelCard(
     sha256="6b99cbfd39246b6706f98ec13c7c50c6b299181f2474fa05cbc8046acc274396",
     files=("silero_vad.onnx",),
 )
+SYNC_SCORER = ModelCard(
+    name="sync-scorer",
+    kind="scorer",
+    summary="How well sound and lips agree, and at which offset: for `beavervision evaluate sync`.",
+    licence_code="Apache-2.0",
+    licence_weights="Apache-2.0",
+    non_commercial=False,
+    source="this project; the recipe is in training/",
+    files=("sync_scorer.onnx",),
+)
 
-CARDS = (BEAVER, WAV2LIP, FACE_LANDMARKER, HIBARI, SILERO_VAD)
+GFPGAN = ModelCard(
+    name="gfpgan",
+    kind="restore",
+    summary="GFPGAN 1.2 to 1.4, a face restorer. Not bundled: `beavervision models add` imports a published checkpoint.",
+    licence_code="Apache-2.0",
+    licence_weights="Apache-2.0; trained on FFHQ, which is CC BY-NC-SA 4.0",
+    non_commercial=False,
+    source="https://github.com/TencentARC/GFPGAN",
+)
+RESTOREFORMER = ModelCard(
+    name="restoreformer",
+    kind="restore",
+    summary="RestoreFormer, a face restorer. Not bundled: `beavervision models add` imports a published checkpoint.",
+    licence_code="Apache-2.0",
+    licence_weights="not stated by the publisher; trained on FFHQ, which is CC BY-NC-SA 4.0",
+    non_commercial=True,
+    source="https://github.com/wzhouxiff/RestoreFormer",
+)
+CODEFORMER = ModelCard(
+    name="codeformer",
+    kind="restore",
+    summary="CodeFormer, a face restorer. Not bundled: `beavervision models add` imports a published checkpoint. "
+    "It needs the package spandrel_extra_arches as well.",
+    licence_code="S-Lab License 1.0",
+    licence_weights="S-Lab License 1.0: non-commercial only",
+    non_commercial=True,
+    source="https://github.com/sczhou/CodeFormer",
+)
+
+CARDS = (BEAVER, WAV2LIP, FACE_LANDMARKER, HIBARI, SILERO_VAD, SYNC_SCORER, GFPGAN, RESTOREFORMER, CODEFORMER)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Models that the user brought: imported once from a checkpoint, kept under the data folder, opened by name.
 
-``<data folder>/models/<name>/`` holds ``weights.safetensors`` (for PyTorch), ``model.onnx`` (for ONNX Runtime) and
-``card.json`` (where it came from, its licence, all hashes). A folder is renamed into place when it is whole.
+``<data folder>/models/<name>/`` holds ``weights.safetensors`` (for PyTorch), of a lip-sync model ``model.onnx`` too (for ONNX
+Runtime), and ``card.json`` (where it came from, its licence, all hashes). A folder is renamed into place when it is whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from beavervision.errors import LicenceError, ModelError
 from beavervision.media import Net
-from beavervision.models.cards import CARDS, WAV2LIP, ModelCard
+from beavervision.models.cards import CARDS, WAV2LIP, Kind, ModelCard
+from beavervision.models.restorers import INSTALL_RESTORE, RESTORERS, Restorer, restorer_card
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 _ONNX = "model.onnx"
 _WEIGHTS = "weights.safetensors"
 _CARD = "card.json"
+_INSIDE = ("state_dict", "params_ema", "params")  # where publishers put the tensors
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_TAKEN = {card.name for card in CARDS} - {WAV2LIP.name}
+_KNOWN = {WAV2LIP.name: WAV2LIP, **RESTORERS}
+_TAKEN = {card.name for card in CARDS} - set(_KNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,9 @@ class ModelStore:
         folder = self._folder(name)
         try:
             stored = json.loads((folder / _CARD).read_text("utf-8"))
-            card = replace(
-                WAV2LIP, name=name, sha256=stored["sha256"], summary=f"Wav2Lip, from {stored['checkpoint']}."
-            )
+            known = _KNOWN[stored["model"]]
+            summary = f"{known.summary.partition('. ')[0]}, from {stored['checkpoint']}."
+            card = replace(known, name=name, sha256=stored["sha256"], summary=summary)
             return StoredModel(card, folder, stored["imported"], stored["checkpoint"], dict(stored["hashes"]))
         except FileNotFoundError as error:
             raise ModelError(
@@ -84,12 +87,7 @@ class ModelStore:
             LicenceError: its licence forbids commercial use and `allow_non_commercial` is not set.
             ModelError: it is missing, or its file differs from the recorded hash.
         """
-        stored = self.get(name)
-        if stored.card.non_commercial and not allow_non_commercial:
-            raise LicenceError(
-                f"The weights of {name!r} are for non-commercial use only ({stored.card.source}). "
-                "If your use is, say so with --allow-non-commercial."
-            )
+        stored = self._allowed(name, "lipsync", allow_non_commercial)
         if device == "cpu":
             return wav2lip_session(self._checked(stored, _ONNX), threads=threads, name=name)
         try:
@@ -103,13 +101,27 @@ class ModelStore:
         module = loaded(Wav2Lip, load(self._checked(stored, _WEIGHTS)))
         return TorchNet(module, device=device, threads=threads, name=name)
 
-    def add(self, path: Path, name: str | None = None) -> StoredModel:
-        """Import a Wav2Lip checkpoint (``{"state_dict": ...}`` as published, or plain tensors by name).
+    def open_restorer(
+        self, name: str, *, allow_non_commercial: bool = False, device: str = "cpu", threads: int = 1
+    ) -> Restorer:
+        """The face restorer, ready to run on PyTorch; raises as :meth:`open`."""
+        stored = self._allowed(name, "restore", allow_non_commercial)
+        try:
+            from safetensors.torch import load
+        except ImportError as error:
+            raise ModelError(f"{name} cannot run. {INSTALL_RESTORE}") from error
+        card = restorer_card(state := load(self._checked(stored, _WEIGHTS)))
+        assert card is not None  # it was when it was imported, and the file is the same
+        return Restorer(card, state, device=device, threads=threads)
 
-        The pickle is read without running any code of it. `name` defaults to the file's.
+    def add(self, path: Path, name: str | None = None) -> StoredModel:
+        """Import a checkpoint as it was published, or plain tensors by name: of Wav2Lip or a face restorer.
+
+        A pickle is read without running any code of it; safetensors are taken as well. `name` defaults to the file's.
 
         Raises:
-            ModelError: no such file, no safe or no fitting checkpoint, the name is taken, or PyTorch is not installed.
+            ModelError: no such file, no safe or no fitting checkpoint, the name is taken, or PyTorch is not installed (for a
+                restorer: or spandrel).
         """
         name = name or re.sub(r"[^a-z0-9.]+", "-", path.stem.lower()).strip("-.")
         folder = self._folder(name)
@@ -119,7 +131,9 @@ class ModelStore:
             )
         source_hash = _sha256(path)
         state = _read_checkpoint(path)
-        self._convert(state, folder, {"checkpoint": path.name, "sha256": source_hash})
+        card = restorer_card(state) or WAV2LIP
+        files = _restorer_files(state, card) if card.kind == "restore" else _wav2lip_files(state, path.name)
+        self._keep(files, folder, card, {"checkpoint": path.name, "sha256": source_hash})
         return self.get(name)
 
     def remove(self, name: str) -> None:
@@ -131,6 +145,18 @@ class ModelStore:
             shutil.rmtree(folder)
         except OSError as error:
             raise ModelError(f"{folder} cannot be removed: {error.strerror}.") from error
+
+    def _allowed(self, name: str, kind: Kind, allow_non_commercial: bool) -> StoredModel:
+        stored = self.get(name)
+        if stored.card.kind != kind:
+            use = "--restore" if stored.card.kind == "restore" else "--model"
+            raise ModelError(f"{name!r} does something else: use it with {use} {name}.")
+        if stored.card.non_commercial and not allow_non_commercial:
+            raise LicenceError(
+                f"The weights of {name!r} are not for commercial use: {stored.card.licence_weights} "
+                f"({stored.card.source}). If your use is not commercial, say so with --allow-non-commercial."
+            )
+        return stored
 
     def _folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -150,24 +176,15 @@ class ModelStore:
             )
         return data
 
-    def _convert(self, state: dict[str, Tensor], folder: Path, facts: dict[str, str]) -> None:
-        from safetensors.torch import save
-
-        from beavervision.models.nets import wav2lip
-        from beavervision.models.nets.blocks import loaded, onnx_bytes
-
-        files = {
-            _WEIGHTS: save(state),
-            _ONNX: onnx_bytes(loaded(wav2lip.Wav2Lip, state), wav2lip.INPUTS, wav2lip.OUTPUTS),
-        }
-        card: dict[str, Any] = {
-            "model": WAV2LIP.name,
+    def _keep(self, files: dict[str, bytes], folder: Path, card: ModelCard, facts: dict[str, str]) -> None:
+        written: dict[str, Any] = {
+            "model": card.name,
             **facts,
             "imported": datetime.now(UTC).isoformat(timespec="seconds"),
-            "licence_weights": WAV2LIP.licence_weights,
+            "licence_weights": card.licence_weights,
             "hashes": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
         }
-        files[_CARD] = json.dumps(card, indent=1).encode()
+        files = {**files, _CARD: json.dumps(written, indent=1).encode()}
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".importing-", dir=self._root) as scratch:
@@ -197,36 +214,62 @@ def _sha256(path: Path) -> str:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a Wav2Lip checkpoint by their published names, float32, all of them and no other."""
+    """The tensors of a checkpoint by their published names."""
     try:
-        import onnx  # noqa: F401  (PyTorch's exporter needs it)
-        import safetensors.torch  # noqa: F401  (before any work: the conversion needs it)
+        import safetensors.torch
         import torch
-
-        from beavervision.models.nets.blocks import shapes
-        from beavervision.models.nets.wav2lip import Wav2Lip
     except ImportError as error:
         raise ModelError(f"{path.name} cannot be imported. {INSTALL_TORCH}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
-            "Get it from its publisher again; do not load it with other tools."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path.name} is no PyTorch checkpoint, or is damaged. Get it again.") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    damaged = f"{path.name} is no PyTorch checkpoint, or is damaged. Get it again."
+    if path.suffix.lower() == ".safetensors":
+        try:
+            content: Any = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(damaged) from error
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
+                "Get it from its publisher again; do not load it with other tools."
+            ) from error
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(damaged) from error
+    inside = (content[key] for key in _INSIDE if isinstance(content, dict) and isinstance(content.get(key), dict))
+    content = next(inside, content)
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ModelError(f"{path.name} holds no tensors by name; a Wav2Lip checkpoint is needed.")
-    found = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-    for name, shape in shapes(Wav2Lip).items():
+        raise ModelError(f"{path.name} holds no tensors by name; a checkpoint of Wav2Lip or a face restorer is needed.")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _restorer_files(state: dict[str, Tensor], card: ModelCard) -> dict[str, bytes]:
+    from safetensors.torch import save
+
+    Restorer(card, state)  # fails where it could not be run
+    return {_WEIGHTS: save({name: tensor.contiguous().clone() for name, tensor in state.items()})}
+
+
+def _wav2lip_files(found: dict[str, Tensor], file: str) -> dict[str, bytes]:
+    """Its two forms: float32, all tensors of the generator and no other."""
+    try:
+        import onnx  # noqa: F401  (before any work: PyTorch's exporter needs it)
+        import torch
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ModelError(f"{file} cannot be imported. {INSTALL_TORCH}") from error
+    from beavervision.models.nets import wav2lip
+    from beavervision.models.nets.blocks import loaded, onnx_bytes, shapes
+
+    wanted = shapes(wav2lip.Wav2Lip)
+    for name, shape in wanted.items():
         if name.endswith("num_batches_tracked"):
             found.setdefault(name, torch.zeros((), dtype=torch.int64))
         if name not in found or tuple(found[name].shape) != shape:
             have = f"has shape {tuple(found[name].shape)}" if name in found else "is missing"
-            raise ModelError(f"{path.name} is no Wav2Lip generator: tensor {name} {have}; {shape} is needed.")
-    if extra := sorted(set(found) - set(shapes(Wav2Lip))):
-        raise ModelError(f"{path.name} is no Wav2Lip generator: it has an unknown tensor {extra[0]}.")
-    return {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
+            raise ModelError(f"{file} is no Wav2Lip generator: tensor {name} {have}; {shape} is needed.")
+    if extra := sorted(set(found) - set(wanted)):
+        raise ModelError(f"{file} is no Wav2Lip generator: it has an unknown tensor {extra[0]}.")
+    state = {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
+    model = onnx_bytes(loaded(wav2lip.Wav2Lip, state), wav2lip.INPUTS, wav2lip.OUTPUTS)
+    return {_WEIGHTS: save(state), _ONNX: model}

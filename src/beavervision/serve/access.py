@@ -6,22 +6,25 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from beavervision.errors import OutputError, UsageError
+from beavervision.serve.limits import Allowance
 from beavervision.settings import Settings
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LINE = re.compile(r"([A-Za-z0-9._-]{1,64})\s+([0-9a-f]{64})")
+_LINE = re.compile(r"([A-Za-z0-9._-]{1,64})\s+([0-9a-f]{64})((?:\s+[a-z_]+=[0-9.]{1,12})*)")
 _PRIVATE = 0o600
+_LOG = logging.getLogger("beavervision.serve")
 
 
 def key_file(settings: Settings) -> Path:
@@ -50,10 +53,14 @@ def add_key(path: Path, name: str) -> str:
 
 
 class Keys:
-    """The API keys of a file: one line each, a name and the SHA-256 of the key. Keys are long and random, so no salt."""
+    """The API keys of a file: one line each, a name and the SHA-256 of the key. Keys are long and random, so no salt.
 
-    def __init__(self, owners: Mapping[str, str]) -> None:
-        self._owners = dict(owners)
+    After them may stand limits of this key's own, as ``daily_media_s=3600``: the fields of
+    :class:`~beavervision.serve.limits.Allowance`.
+    """
+
+    def __init__(self, owners: Mapping[str, str], own: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self._owners, self._own = dict(owners), dict(own or {})
 
     @classmethod
     def load(cls, path: Path) -> Keys:
@@ -62,7 +69,7 @@ class Keys:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The key file {path} cannot be read. Correct it or its rights.") from error
-        owners = {}
+        owners, own = {}, {}
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -70,7 +77,8 @@ class Keys:
             if match is None:
                 raise UsageError(f"{path}, line {number}: write a name, a space and the SHA-256 of the key in hex.")
             owners[match[2]] = match[1]
-        return cls(owners)
+            own[match[1]] = _limits(match[3].split(), f"{path}, line {number}")
+        return cls(owners, own)
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,6 +87,25 @@ class Keys:
     def owner(self, key: str) -> str | None:
         """Whose key this is."""
         return self._owners.get(_hashed(key))
+
+    def allowance(self, owner: str, general: Allowance) -> Allowance:
+        """The limits of a key: its own, and for the rest the general ones."""
+        own: dict[str, Any] = dict(self._own.get(owner, {}))
+        return replace(general, **own)
+
+
+def _limits(words: list[str], where: str) -> dict[str, float]:
+    kinds = {"rate_per_s": float, "burst": int, "daily_media_s": float}
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = kinds[name](value)
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"{where}: {word!r} is no limit. Known: {', '.join(kinds)}, each with = and a number."
+            ) from error
+    return found
 
 
 def _hashed(key: str) -> str:
@@ -131,15 +158,21 @@ class Links:
 
 
 class Audit:
-    """A log of who did what, a JSON document a line. Several processes may write to it."""
+    """A log of who did what, a JSON document a line. Several processes may write to it.
+
+    What cannot be written there, on a full disk, goes to the process's log: the deed itself is done and stands.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def write(self, event: str, **facts: Any) -> None:
         line = json.dumps({"time_s": round(time.time(), 3), "event": event, **facts}) + "\n"
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE)
         try:
-            os.write(descriptor, line.encode())  # one call, so that lines of several processes do not mix
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE)
+            try:
+                os.write(descriptor, line.encode())  # one call, so that lines of several processes do not mix
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            _LOG.error("the audit log cannot be written (%s): %s", error.strerror, line.rstrip())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, MutableMapping
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -23,10 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from beavervision import metrics
 from beavervision.errors import BeaverVisionError
 from beavervision.serve import exposition, problems
-from beavervision.serve.access import is_loopback
+from beavervision.serve.avatar_routes import AVATARS, add_avatars
 from beavervision.serve.jobs import Job, State
+from beavervision.serve.pages import add_pages
+from beavervision.serve.preview_routes import PREVIEW, add_previews
 from beavervision.serve.problems import Problem
 from beavervision.serve.schema import (
+    ExpressionOut,
     Health,
     JobOut,
     JobsOut,
@@ -37,19 +39,23 @@ from beavervision.serve.schema import (
     SpeechRequest,
     StatusOut,
     VoiceOut,
-    job_out,
+    WebhooksOut,
 )
 from beavervision.serve.service import Service
-from beavervision.serve.upload import receive
+from beavervision.serve.telemetry import Span, Traces
+from beavervision.serve.upload import Intake
+from beavervision.serve.waiting import POLL_S, ended, preferred
+from beavervision.serve.who import Owner, origins, owner_of
+
+if TYPE_CHECKING:
+    from beavervision.serve.live import Rooms
 
 _API = "/api/v1"
 _LIPSYNC = f"{_API}/lipsync"
-_POLL_S = 0.1
+SESSIONS = f"{_API}/sessions"
 _KEEP_ALIVE_S = 15.0
 _JSON_BYTES = 1 << 16
 _SETTINGS_BYTES = 1 << 16
-_UPLOADS = 16  # at once
-_UPLOAD_S = 600  # for one
 _LOG = logging.getLogger("beavervision.serve")
 
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{24}$", description="The id of a job.")]
@@ -64,17 +70,22 @@ _FORM = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["video"],
                     "additionalProperties": False,
                     "properties": {
+                        "avatar": {"type": "string", "description": "The id of an avatar. Either this or video."},
                         "video": {
                             "type": "string",
                             "format": "binary",
-                            "description": "A video or picture of the face.",
+                            "description": "A video or picture of the face. Either this or avatar.",
                         },
                         "text": {"type": "string", "description": "What to say. Either this or audio."},
                         "audio": {"type": "string", "format": "binary", "description": "Recorded speech to follow."},
                         "settings": LipsyncSettings.model_json_schema(),
+                        "webhook": {
+                            "type": "string",
+                            "maxLength": 2000,
+                            "description": "An https address that is told of the job's end; see docs/service.md.",
+                        },
                         "consent": {
                             "type": "boolean",
                             "description": "You have the right to use this face and voice. Required unless configured off.",
@@ -102,84 +113,58 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     _handle_errors(app)
-    _add_jobs(app, service)
+    intake = Intake(service.settings.serve_max_upload_mb << 20)
+    _add_jobs(app, service, intake)
+    add_avatars(app, service, intake)
+    add_previews(app, service)
     _add_facts(app, service)
-    app.add_middleware(_Edge)
-    origins = _origins(service)
-    if origins:
+    app.state.rooms = _add_live(app, service, intake)
+    add_pages(app)
+    app.add_middleware(_Edge, traces=service.traces)
+    allowed = origins(service)
+    if allowed:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_origins=allowed,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Range"],
-            expose_headers=["Location", "Retry-After", "Content-Range", "Preference-Applied"],
+            expose_headers=["Location", "Link", "Retry-After", "Content-Range", "Preference-Applied"],
         )
     return app
 
 
-def _origins(service: Service) -> list[str]:
-    return [origin.strip() for origin in service.settings.serve_cors_origins.split(",") if origin.strip()]
+def _add_live(app: FastAPI, service: Service, intake: Intake) -> Rooms | None:
+    """The live sessions; None where what they need is not installed, which their address then tells."""
+    try:
+        from beavervision.serve.live import add_live
+    except ModuleNotFoundError as error:
+        if (missing := error.name or "") not in ("aiortc", "aioice", "websockets"):
+            raise
 
+        @app.api_route(SESSIONS, methods=["GET", "POST"], dependencies=[Depends(owner_of)], include_in_schema=False)
+        def sessions() -> None:
+            detail = f"Live sessions need {missing}. Install it with: pip install 'beavervision[live]'"
+            raise Problem(501, "not_installed", detail)
 
-def _owner(request: Request) -> str:
-    """Who asks.
-
-    Raises:
-        Problem: nobody who may.
-    """
-    service: Service = request.app.state.service
-    if service.keys is not None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        owner = service.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
-        if owner is None:
-            detail = "Send an API key that is known here: Authorization: Bearer KEY."
-            raise Problem(401, "no_key", detail, headers={"WWW-Authenticate": "Bearer"})
-        return owner
-    if not service.settings.serve_open:
-        # Without keys any web page that the user of this machine opens could call the service: names that resolve to
-        # it and foreign origins are kept out.
-        if not (request.client is not None and is_loopback(request.client.host)):
-            raise Problem(403, "not_local", "Without API keys the service answers this machine only. Make a key first.")
-        if not is_loopback(request.url.hostname or ""):
-            raise Problem(403, "not_local", "Without API keys address the service as 127.0.0.1 or localhost.")
-    origin = request.headers.get("origin")
-    if origin and origin not in _origins(service) and urlsplit(origin).netloc != request.headers.get("host"):
-        raise Problem(403, "origin", "This web origin may not call the service. Name it in serve_cors_origins.")
-    return "local"
-
-
-Owner = Annotated[str, Depends(_owner)]
+        return None
+    return add_live(app, service, intake)
 
 
 # Jobs --------------------------------------------------------------------------------------------
 
 
-def _add_jobs(app: FastAPI, service: Service) -> None:
+def _add_jobs(app: FastAPI, service: Service, intake: Intake) -> None:
     settings, table = service.settings, service.place.table
-    uploads = asyncio.Semaphore(_UPLOADS)
-    field_bytes = {"text": settings.serve_max_text_chars * 4, "settings": _SETTINGS_BYTES, "consent": 16}
+    field_bytes = {
+        "avatar": 64,
+        "text": settings.serve_max_text_chars * 4,
+        "settings": _SETTINGS_BYTES,
+        "consent": 16,
+        "webhook": 2048,
+    }
 
     def shown(job: Job, request: Request) -> JobOut:
-        base = f"{_API}/jobs/{job.id}"
-        if job.state is not State.SUCCEEDED:
-            return job_out(job, base, None, None)
-        query, expires_s = service.links.sign(f"{base}/result")
-        public = (settings.serve_public_url or str(request.base_url)).rstrip("/")
-        return job_out(job, base, f"{public}{base}/result?{query}", expires_s)
-
-    async def ended(job: Job, request: Request, wait_s: float) -> Job:
-        until_s = time.monotonic() + wait_s
-        while not job.ended and time.monotonic() < until_s:
-            if service.draining.is_set() and job.state is State.QUEUED:
-                break
-            if await request.is_disconnected():
-                break
-            await asyncio.sleep(_POLL_S)
-            found = await run_in_threadpool(table.get, job.id)
-            if found is None:
-                raise Problem(404, "no_job", "The job was deleted while you waited for it.")
-            job = found
-        return job
+        return service.shown(job, str(request.base_url))
 
     @app.post(_LIPSYNC, openapi_extra=_FORM, responses={202: {"model": JobOut, "description": "It is not done yet."}})
     async def lipsync(
@@ -195,19 +180,12 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         requests wait; else 202, and the job's address in Location.
         """
         await run_in_threadpool(service.admit)
-        if uploads.locked():
-            raise Problem(503, "busy", "Too many uploads at once. Try again in a moment.", headers={"Retry-After": "5"})
-        async with uploads:
-            with service.scratch() as folder:
-                try:
-                    async with asyncio.timeout(_UPLOAD_S):
-                        upload = await receive(request, folder, settings.serve_max_upload_mb << 20, field_bytes)
-                except TimeoutError as error:
-                    raise Problem(408, "too_slow", f"The upload took longer than {_UPLOAD_S} s. Send less.") from error
-                address = request.client.host if request.client else ""
-                job = await run_in_threadpool(service.accept, upload, who, address, idempotency_key)
-        asynchronous, wait_s = _preferred(prefer, settings.serve_wait_s)
-        job = await ended(job, request, wait_s)
+        with service.scratch() as folder:
+            upload = await intake.receive(request, folder, field_bytes)
+            address = request.client.host if request.client else ""
+            job = await run_in_threadpool(service.accept, upload, who, address, idempotency_key, str(request.base_url))
+        asynchronous, wait_s = preferred(prefer, settings.serve_wait_s)
+        job = await ended(service, job, request, wait_s)
         if job.state is State.FAILED:
             raise problems.of_code(job.error_code or "error", job.error_message or "", job=f"{_API}/jobs/{job.id}")
         if job.state is State.CANCELLED:
@@ -256,18 +234,19 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         async def told() -> AsyncIterator[str]:
             current: Job | None = first
             before, told_s, number = "", time.monotonic(), 0
-            while current is not None:
-                facts = _plain(shown(current, request))
-                if (text := json.dumps(facts, sort_keys=True)) != before:
-                    before, told_s, number = text, time.monotonic(), number + 1
-                    yield f"event: job\nid: {number}\ndata: {text}\n\n"
-                elif time.monotonic() - told_s > _KEEP_ALIVE_S:
-                    told_s = time.monotonic()
-                    yield ": still here\n\n"
-                if current.ended or (service.draining.is_set() and current.state is State.QUEUED):
-                    return
-                await asyncio.sleep(_POLL_S)
-                current = await run_in_threadpool(table.get, job_id)
+            with service.supervisor.news.watch(job_id) as bell:
+                while current is not None:
+                    facts = _plain(shown(current, request))
+                    if (text := json.dumps(facts, sort_keys=True)) != before:
+                        before, told_s, number = text, time.monotonic(), number + 1
+                        yield f"event: job\nid: {number}\ndata: {text}\n\n"
+                    elif time.monotonic() - told_s > _KEEP_ALIVE_S:
+                        told_s = time.monotonic()
+                        yield ": still here\n\n"
+                    if current.ended or (service.draining.is_set() and current.state is State.QUEUED):
+                        return
+                    await bell.wait(POLL_S)
+                    current = await run_in_threadpool(table.get, job_id)
 
         return StreamingResponse(told(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -282,7 +261,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """The video. A signed link needs no API key; ranges are answered."""
         path = f"{_API}/jobs/{job_id}/result"
         if expires is None and signature is None:
-            found = service.job(job_id, _owner(request))
+            found = service.job(job_id, owner_of(request))
         else:
             if not service.links.holds(path, expires or 0, signature or ""):
                 raise Problem(403, "link_invalid", "This link was not made here, or was changed. Get it from the job.")
@@ -315,25 +294,21 @@ def _plain(shown: JobOut) -> dict[str, Any]:
     return shown.model_dump(mode="json", exclude=leave_out)
 
 
-def _preferred(prefer: str, limit_s: float) -> tuple[bool, float]:
-    """Whether the client wants to be answered at once, and how long the request may wait (RFC 7240)."""
-    wishes = dict(part.strip().lower().partition("=")[::2] for part in prefer.replace(";", ",").split(","))
-    if "respond-async" in wishes:
-        return True, 0.0
-    wait = wishes.get("wait", "").strip('"')
-    return False, min(int(wait), limit_s) if wait.isdecimal() and len(wait) < 9 else limit_s
-
-
 # What there is -----------------------------------------------------------------------------------
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
-    known = [Depends(_owner)]
+    known = [Depends(owner_of)]
 
     @app.get(f"{_API}/voices", dependencies=known)
     def voices() -> list[VoiceOut]:
         """The voices; those that cannot be used here say why in `unavailable`."""
         return service.voices()
+
+    @app.get(f"{_API}/expressions", dependencies=known)
+    def expressions() -> list[ExpressionOut]:
+        """The names of expressions and controls, custom ones included."""
+        return service.expressions()
 
     @app.get(f"{_API}/models", dependencies=known)
     def models() -> list[ModelOut]:
@@ -352,6 +327,11 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         if accept.strip().lower().startswith("audio/wav"):
             return Response(base64.b64decode(said.audio_base64), media_type="audio/wav")
         return said
+
+    @app.get(f"{_API}/webhooks")
+    def webhooks(who: Owner) -> WebhooksOut:
+        """The secret that your webhooks are signed with."""
+        return WebhooksOut(secret=service.webhook_secret(who))
 
     @app.get(f"{_API}/status", dependencies=known)
     def status() -> StatusOut:
@@ -420,8 +400,8 @@ def _handle_errors(app: FastAPI) -> None:
 class _Edge:
     """Limits small bodies, sets safe headers, and measures every answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, traces: Traces) -> None:
+        self._app, self._traces = app, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -439,24 +419,46 @@ class _Edge:
             await send(message)
 
         refused = _oversized(scope)
-        try:
-            if refused is None:
-                await self._app(scope, receive, sent)
-            else:
-                await refused.response()(scope, receive, sent)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            seconds = time.perf_counter() - began_s
-            metrics.HTTP_SECONDS.labels(_method(scope), route, str(status)).observe(seconds)
+        parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        with ExitStack() as stack:
+            span = Span()
+            if scope["method"] in ("POST", "DELETE"):  # what only looks is asked for too often
+                span = stack.enter_context(self._traces.span(_method(scope), parent, server=True))
+            try:
+                if refused is None:
+                    await self._app(scope, receive, sent)
+                else:
+                    await refused.response()(scope, receive, sent)
+            finally:
+                route = getattr(scope.get("route"), "path", "none")
+                seconds = time.perf_counter() - began_s
+                metrics.HTTP_SECONDS.labels(_method(scope), route, str(status)).observe(seconds)
+                span.set("http.route", route)
+                span.set("http.response.status_code", status)
+                _LOG.info("%s %s %d", _method(scope), route, status, extra={"http": _told(scope, status, seconds)})
+
+
+def _told(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+    """A request for the log. Not its query: that may be a signature."""
+    return {
+        "requestMethod": _method(scope),
+        "requestUrl": scope["path"],
+        "status": status,
+        "latency": f"{seconds:.6f}s",
+        "remoteIp": scope["client"][0] if scope.get("client") else "",
+        "protocol": f"HTTP/{scope.get('http_version', '')}",
+    }
 
 
 def _method(scope: Scope) -> str:
-    return scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "DELETE", "OPTIONS") else "other"
+    return (
+        scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS") else "other"
+    )
 
 
 def _oversized(scope: MutableMapping[str, Any]) -> Problem | None:
     """What is wrong with the length of a body that is no upload."""
-    if scope["path"] == _LIPSYNC:
+    if scope["path"] in (_LIPSYNC, AVATARS, PREVIEW, SESSIONS):
         return None
     headers = dict(scope["headers"])
     if b"transfer-encoding" in headers:

@@ -13,6 +13,7 @@ from beavervision import metrics
 from beavervision.serve.schema import MemoryOut
 
 _USED, _BUDGET = "beavervision_device_memory_used_bytes", "beavervision_device_memory_budget_bytes"
+_BUSY = "beavervision_device_utilisation_ratio"
 
 
 class _Joined(Collector):
@@ -43,11 +44,17 @@ def memory(folder: Path) -> list[MemoryOut]:
     found: dict[tuple[str, str], dict[str, float]] = {}
     for family in _Joined(folder).collect():
         for sample in family.samples:
-            if family.name in (_USED, _BUDGET) and "worker" in sample.labels:
+            if family.name in (_USED, _BUDGET, _BUSY) and "worker" in sample.labels:
                 key = (sample.labels["worker"], sample.labels["device"])
                 found.setdefault(key, {})[family.name] = sample.value
     return [
-        MemoryOut(worker=worker, device=device, used_bytes=int(had[_USED]), budget_bytes=int(had[_BUDGET]))
+        MemoryOut(
+            worker=worker,
+            device=device,
+            used_bytes=int(had[_USED]),
+            budget_bytes=int(had[_BUDGET]),
+            utilisation=had.get(_BUSY),
+        )
         for (worker, device), had in sorted(found.items())
-        if len(had) == 2
+        if _USED in had and _BUDGET in had
     ]

@@ -1,24 +1,33 @@
-"""A look at hostile media, in a child process with limits on its memory, its CPU time and what it may write.
+"""A look at hostile media, in a child process with limits on its memory, its time and what it may write.
 
-The child runs ``python -m beavervision.serve.guard``; what kills it, kills nothing else.
+What kills the child, kills nothing else. Loading the media libraries takes half a second, so that a process of its own
+does it once (``python -m beavervision.serve.guard``) and forks a child for every look.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from beavervision.errors import BeaverVisionError, InputError, MediaError, NoAudioError
 
 _MEMORY_BYTES = 3 << 30  # of address space: the libraries take a good half of a GiB of it
 _CPU_S = 20
 _WALL_S = 40
+_STARTING_S = 60  # more, for a machine that is busy while the libraries are loaded
 _RATE = 240  # pictures a second
-_ANSWER_BYTES = 1 << 16
+_UNPACKED_BYTES, _UNPACKED_TIMES = 48 << 20, 250  # a larger picture that is packed so densely is there to harm
+_BLOCK_BYTES = 1 << 16  # a task, and an answer, at most
+_COMMAND = [sys.executable, "-B", "-m", "beavervision.serve.guard"]
 _KINDS: dict[str, type[InputError]] = {"media": MediaError, "no_audio": NoAudioError}
 
 
@@ -30,41 +39,95 @@ class Limits:
     seconds: float
 
 
-def examine(video: Path | None, audio: Path | None, limits: Limits) -> None:
-    """Open both as the pipeline will, and decode the first picture and the first sound.
+class Guard:
+    """The process that forks, started at the first look and again when it died. Safe from many threads."""
 
-    Raises:
-        MediaError, NoAudioError: it cannot be used, or not within the limits. Messages do not tell the paths.
-    """
-    task = {
-        "video": None if video is None else str(video),
-        "audio": None if audio is None else str(audio),
-        "side_px": limits.side_px,
-        "seconds": limits.seconds,
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-B", "-m", "beavervision.serve.guard"],
-            input=json.dumps(task).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_WALL_S,
-            check=False,
-        )
-        answer = json.loads(done.stdout[:_ANSWER_BYTES])
-    except (subprocess.TimeoutExpired, ValueError) as error:
-        raise MediaError(
-            "The material cannot be examined within the limits of memory and time. Convert it to a plain MP4, PNG or WAV."
-        ) from error
-    if answer["code"]:
-        message = str(answer["message"])
-        for path, name in ((video, "The video"), (audio, "The audio")):
-            message = message if path is None else message.replace(str(path), name)
-        raise _KINDS.get(answer["code"], InputError)(message)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Load the libraries now rather than at the first look; returns at once.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        with self._lock:
+            self._running()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._control is not None:
+                self._control.close()  # that is what it ends by
+                self._control = None
+            if self._process is not None:
+                self._process.kill()  # its children have an end of their own
+                self._process.wait()
+                self._process = None
+
+    def examine(self, video: Path | None, audio: Path | None, limits: Limits) -> None:
+        """Open both as the pipeline will, and decode the first picture and the first sound.
+
+        Raises:
+            MediaError, NoAudioError: it cannot be used, or not within the limits. Messages do not tell the paths.
+        """
+        task = {
+            "video": None if video is None else str(video),
+            "audio": None if audio is None else str(audio),
+            "side_px": limits.side_px,
+            "seconds": limits.seconds,
+        }
+        line = json.dumps(task).encode()
+        try:
+            told = b""
+            with suppress(OSError):  # the forking process itself may have been killed
+                told = self._asked(line)
+            answer = json.loads(told or self._asked(line))
+        except (OSError, ValueError) as error:
+            raise MediaError(
+                "The material cannot be examined within the limits of memory and time. Convert it to a plain MP4, PNG or WAV."
+            ) from error
+        if answer["code"]:
+            message = str(answer["message"])
+            for path, name in ((video, "The video"), (audio, "The audio")):
+                message = message if path is None else message.replace(str(path), name)
+            raise _KINDS.get(answer["code"], InputError)(message)
+
+    def _asked(self, task: bytes) -> bytes:
+        """What a child says to a task: nothing if it died."""
+        mine, childs = socket.socketpair()
+        with mine:
+            with childs, self._lock:
+                socket.send_fds(self._running(), [b"x"], [childs.fileno()])
+            mine.settimeout(_WALL_S + _STARTING_S)
+            mine.sendall(task)
+            mine.shutdown(socket.SHUT_WR)
+            return _read(mine)
+
+    def _running(self) -> socket.socket:
+        if self._control is None or self._process is None or self._process.poll() is not None:
+            if self._control is not None:
+                self._control.close()
+            mine, its = socket.socketpair()
+            with its:
+                self._process = subprocess.Popen(
+                    _COMMAND, stdin=its.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            self._control = mine
+        return self._control
+
+
+def _read(connection: socket.socket) -> bytes:
+    """Everything up to the end."""
+    told = b""
+    while len(told) < _BLOCK_BYTES and (block := connection.recv(_BLOCK_BYTES)):
+        told += block
+    return told
 
 
 def _look(task: dict[str, Any]) -> None:
-    from beavervision.stages.decode import Decode, audio_info, probe
+    from beavervision.stages.decode import Decode, audio_info, length, probe
 
     side_px, longest_s = int(task["side_px"]), float(task["seconds"])
     if task["video"] is not None:
@@ -72,6 +135,11 @@ def _look(task: dict[str, Any]) -> None:
         width, height = info.coded_width_px, info.coded_height_px
         if max(width, height) > side_px:
             raise MediaError(f"The video has {width}x{height} pixels; a side may have {side_px}. Scale it down first.")
+        unpacked, packed = width * height * 3, Path(task["video"]).stat().st_size
+        if info.kind == "still" and unpacked > max(_UNPACKED_BYTES, packed * _UNPACKED_TIMES):
+            raise MediaError(
+                f"The video is a picture that unpacks to {unpacked // packed} times its size. Scale it down first."
+            )
         if info.duration is not None and info.kind == "video" and info.duration > longest_s:
             raise MediaError(
                 f"The video is {float(info.duration):.0f} s long; {longest_s:g} s are allowed. Cut it first."
@@ -83,10 +151,9 @@ def _look(task: dict[str, Any]) -> None:
         next(iter(Decode(1, extend="none")(info)), None)
     if task["audio"] is not None:
         sound = audio_info(task["audio"])
-        if sound.duration is not None and sound.duration > longest_s:
-            raise MediaError(
-                f"The audio is {float(sound.duration):.0f} s long; {longest_s:g} s are allowed. Cut it first."
-            )
+        duration = sound.duration or length(task["audio"])
+        if duration is not None and duration > longest_s:
+            raise MediaError(f"The audio is {float(duration):.0f} s long; {longest_s:g} s are allowed. Cut it first.")
 
 
 def _limit() -> None:
@@ -105,16 +172,48 @@ def _limit() -> None:
         resource.setrlimit(what, (value, value))
 
 
-def _main() -> None:
-    _limit()
+def _answer(connection: socket.socket) -> None:
+    """In the child: one task, looked at."""
     answer = {"code": "", "message": ""}
     try:
-        _look(json.load(sys.stdin))
+        _look(json.loads(_read(connection)))
     except BeaverVisionError as error:
         answer = {"code": error.code, "message": str(error)[:2000]}
     except MemoryError:
         answer = {"code": "media", "message": "The material needs too much memory. Scale it down first."}
-    print(json.dumps(answer), flush=True)
+    connection.sendall(json.dumps(answer).encode())
+
+
+def _child(connection: socket.socket) -> NoReturn:
+    try:
+        os.close(0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.alarm(_WALL_S)  # nobody catches it: it ends the process
+        _limit()
+        _answer(connection)
+    finally:
+        os._exit(0)
+
+
+def _main() -> None:
+    """Fork a child for every socket that comes, until the server goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's whole group
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    # One thread: a child forked from a process with more may wait for ever for a lock that another held.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    import cv2
+
+    from beavervision.stages import decode  # noqa: F401
+
+    cv2.setNumThreads(1)
+    with socket.socket(fileno=0) as control:
+        while True:
+            byte, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not byte:
+                return
+            with socket.socket(fileno=descriptors[0]) as connection:
+                if os.fork() == 0:
+                    _child(connection)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The job table: leases that a killed worker loses, bounded attempts, states that change only forwards.
 
 Every change of a job by a worker is fenced: it holds only while the job is still running under that worker's lease. So a
-worker that was thought dead cannot overwrite what its successor does, and a cancelled job stays cancelled. SQLite is
-opened in WAL mode, and each transaction that writes begins with BEGIN IMMEDIATE. On PostgreSQL rows are taken with
-SKIP LOCKED.
+worker that was thought dead cannot overwrite what its successor does, and a cancelled job stays cancelled. On
+PostgreSQL rows are taken with SKIP LOCKED.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,15 +23,12 @@ from sqlalchemy import (
     Double,
     Index,
     Integer,
-    MetaData,
     Row,
     String,
     Table,
     UniqueConstraint,
     and_,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     or_,
@@ -40,7 +37,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-_BUSY_S = 15  # how long a transaction waits for another process's
+from beavervision.serve.database import META, Database
+
 _RETRY_S = 2.0  # before the second attempt after a passing failure; doubled each time
 _DAY_S = 86_400.0
 _SAMPLE = 1000  # ended jobs that figures are taken from
@@ -65,10 +63,9 @@ class KeyReusedError(Exception):
     """The idempotency key was used for another request."""
 
 
-_META = MetaData()
 _JOBS = Table(
     "jobs",
-    _META,
+    META,
     Column("id", String(32), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("state", String(10), nullable=False),
@@ -90,15 +87,32 @@ _JOBS = Table(
     Column("report", JSON(none_as_null=True)),
     Column("result_key", String(200)),
     Column("result_s", Double),
+    Column("stage", String(16)),
+    Column("hook_url", String(2000)),
+    Column("hook_attempts", Integer),
+    Column("hook_next_s", Double),
     UniqueConstraint("owner", "idempotency_key"),
     Index("jobs_by_state", "state", "created_s"),
     Index("jobs_by_owner", "owner", "created_s"),
+)
+# What succeeded of whom; it outlives the jobs, so that deleting them does not win a quota back.
+_USAGE = Table(
+    "usage",
+    META,
+    Column("number", Integer, primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("ended_s", Double, nullable=False),
+    Column("seconds", Double, nullable=False),
+    Index("usage_by_owner", "owner", "ended_s"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row. Times are seconds since the epoch; `request` is what :class:`NewJob` brought; `result_s` its length."""
+    """One row. Times are seconds since the epoch; `request` is what :class:`NewJob` brought; `result_s` its length.
+
+    The webhook `hook_url` is told of the end when `hook_next_s` has come, and never again when that is None.
+    """
 
     id: str
     owner: str
@@ -121,6 +135,10 @@ class Job:
     report: dict[str, Any] | None
     result_key: str | None
     result_s: float | None
+    stage: str | None
+    hook_url: str | None
+    hook_attempts: int | None
+    hook_next_s: float | None
 
     @property
     def ended(self) -> bool:
@@ -136,6 +154,7 @@ class NewJob:
     request: dict[str, Any]
     fingerprint: str
     idempotency_key: str | None = None
+    hook_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +187,10 @@ class JobTable:
 
     def __init__(self, url: str, *, attempts: int, lease_s: float, clock: Callable[[], float] = time.time) -> None:
         self._attempts, self._lease_s, self._clock = attempts, lease_s, clock
-        sqlite = url.startswith("sqlite")
-        self._engine = create_engine(url, connect_args={"timeout": _BUSY_S} if sqlite else {}, pool_pre_ping=not sqlite)
-        if sqlite:
-            event.listen(self._engine, "connect", _set_up_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
-        self._reader = self._engine.execution_options(reading=True)
-        _META.create_all(self._engine)
+        self.database = Database(url)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
     def add(self, new: NewJob, waiting_limit: int) -> tuple[Job, bool]:
         """Queue a job; or the job that came with the same idempotency key, and False.
@@ -188,7 +201,7 @@ class JobTable:
         """
         now_s = self._clock()
         try:
-            with self._engine.begin() as connection:
+            with self.database.write() as connection:
                 earlier = self._by_key(connection, new)
                 if earlier is not None:
                     return earlier, False
@@ -208,6 +221,9 @@ class JobTable:
                         attempts=0,
                         pictures=0,
                         pictures_per_s=0.0,
+                        hook_url=new.hook_url,
+                        hook_attempts=0,
+                        hook_next_s=None if new.hook_url is None else now_s,
                     )
                 )
                 return _job(connection.execute(select(_JOBS).where(_JOBS.c.id == new.id)).one()), True
@@ -223,7 +239,7 @@ class JobTable:
         Raises:
             KeyReusedError: as :meth:`add`.
         """
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             return self._by_key(connection, new)
 
     def _by_key(self, connection: Connection, new: NewJob) -> Job | None:
@@ -238,7 +254,7 @@ class JobTable:
         return _job(row)
 
     def get(self, job_id: str) -> Job | None:
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             row = connection.execute(select(_JOBS).where(_JOBS.c.id == job_id)).first()
             return None if row is None else _job(row)
 
@@ -251,19 +267,26 @@ class JobTable:
             query = query.where(_JOBS.c.state == state)
         if before_s is not None:
             query = query.where(_JOBS.c.created_s < before_s)
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             return tuple(_job(row) for row in connection.execute(query))
 
     # What workers do -----------------------------------------------------------------------------
 
-    def take(self, worker: str) -> Job | None:
+    def take(self, worker: str, on_lost: Callable[[Job], None] = lambda job: None) -> Job | None:
         """Lease the oldest job that waits, or whose worker fell silent; None if there is none.
 
-        A job that was begun often enough already fails instead.
+        A job that was begun often enough already fails instead, and `on_lost` is told of it.
         """
+        lost: deque[Job] = deque()
+        job = self._take(worker, lost)
+        for one in lost:
+            on_lost(one)
+        return job
+
+    def _take(self, worker: str, lost: deque[Job]) -> Job | None:
         if not self._any_ready():
             return None
-        with self._engine.begin() as connection:
+        with self.database.write() as connection:
             while True:
                 query = (
                     select(_JOBS)
@@ -277,9 +300,12 @@ class JobTable:
                     return None
                 now_s = self._clock()
                 if row.attempts >= self._attempts:
-                    lost = f"Its worker died {row.attempts} times. Try other settings or material, or report a defect."
-                    values = self._end(State.FAILED) | {"error_code": "worker_lost", "error_message": lost}
+                    message = (
+                        f"Its worker died {row.attempts} times. Try other settings or material, or report a defect."
+                    )
+                    values = self._end(State.FAILED) | {"error_code": "worker_lost", "error_message": message}
                     connection.execute(update(_JOBS).where(_JOBS.c.id == row.id).values(values))
+                    lost.append(_job(row))
                     continue
                 values = {
                     "state": State.RUNNING,
@@ -290,6 +316,7 @@ class JobTable:
                     "pictures": 0,
                     "pictures_expected": None,
                     "pictures_per_s": 0.0,
+                    "stage": None,
                 }
                 connection.execute(update(_JOBS).where(_JOBS.c.id == row.id).values(values))
                 return _job(connection.execute(select(_JOBS).where(_JOBS.c.id == row.id)).one())
@@ -300,10 +327,10 @@ class JobTable:
         return or_(waiting, and_(_JOBS.c.state == State.RUNNING, _JOBS.c.lease_until_s < now_s))
 
     def _any_ready(self) -> bool:
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             return connection.execute(select(_JOBS.c.id).where(self._ready()).limit(1)).first() is not None
 
-    def beat(self, job: Job, pictures: int, expected: int | None, per_s: float) -> bool:
+    def beat(self, job: Job, pictures: int, expected: int | None, per_s: float, stage: str | None = None) -> bool:
         """Renew the lease and tell of progress; False if the job is no longer this worker's."""
         return self._fenced(
             job,
@@ -311,12 +338,19 @@ class JobTable:
             pictures=pictures,
             pictures_expected=expected,
             pictures_per_s=per_s,
+            stage=stage,
         )
 
-    def succeed(self, job: Job, report: dict[str, Any], result_key: str, result_s: float, pictures: int) -> bool:
+    def succeed(self, job: Job, report: dict[str, Any], result_key: str | None, result_s: float, pictures: int) -> bool:
         """The job is done; False if it was no longer this worker's."""
         done = {"report": report, "result_key": result_key, "result_s": result_s}
-        return self._fenced(job, **self._end(State.SUCCEEDED), **done, pictures=pictures, pictures_expected=pictures)
+        values = {**self._end(State.SUCCEEDED), **done, "pictures": pictures, "pictures_expected": pictures}
+        used = {"owner": job.owner, "ended_s": values["ended_s"], "seconds": result_s}
+        with self.database.write() as connection:
+            mine = connection.execute(update(_JOBS).where(_fence(job)).values(values)).rowcount == 1
+            if mine and result_s:
+                connection.execute(insert(_USAGE).values(used))
+            return mine
 
     def fail(self, job: Job, code: str, message: str, *, passing: bool = False) -> State | None:
         """The attempt failed; a `passing` failure is tried again. The job's state after it, None if not this worker's."""
@@ -333,19 +367,13 @@ class JobTable:
 
     def release(self, worker: str) -> None:
         """The worker is dead: its job may be taken at once."""
-        with self._engine.begin() as connection:
+        with self.database.write() as connection:
             held = and_(_JOBS.c.worker == worker, _JOBS.c.state == State.RUNNING)
             connection.execute(update(_JOBS).where(held).values(lease_until_s=0.0))
 
     def _fenced(self, job: Job, **values: Any) -> bool:
-        mine = and_(
-            _JOBS.c.id == job.id,
-            _JOBS.c.state == State.RUNNING,
-            _JOBS.c.worker == job.worker,
-            _JOBS.c.attempts == job.attempts,
-        )
-        with self._engine.begin() as connection:
-            return connection.execute(update(_JOBS).where(mine).values(values)).rowcount == 1
+        with self.database.write() as connection:
+            return connection.execute(update(_JOBS).where(_fence(job)).values(values)).rowcount == 1
 
     def _end(self, state: State) -> dict[str, Any]:
         return {
@@ -360,22 +388,61 @@ class JobTable:
 
     def cancel(self, job_id: str) -> bool:
         """End a job that has not ended; its worker finds out at its next beat. False if it had ended."""
-        with self._engine.begin() as connection:
+        with self.database.write() as connection:
             alive = and_(_JOBS.c.id == job_id, _JOBS.c.state.in_((State.QUEUED, State.RUNNING)))
             return connection.execute(update(_JOBS).where(alive).values(self._end(State.CANCELLED))).rowcount == 1
 
     def remove(self, job_id: str) -> None:
-        with self._engine.begin() as connection:
+        with self.database.write() as connection:
             connection.execute(delete(_JOBS).where(_JOBS.c.id == job_id))
 
     def ended_before(self, time_s: float) -> tuple[str, ...]:
         """The ids of jobs that ended earlier than that."""
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             return tuple(connection.execute(select(_JOBS.c.id).where(_JOBS.c.ended_s < time_s)).scalars())
+
+    def used(self, owner: str, window_s: float = _DAY_S) -> tuple[float, float]:
+        """The seconds of video made for `owner` within the window, and when the earliest of them leaves it."""
+        since = and_(_USAGE.c.owner == owner, _USAGE.c.ended_s > self._clock() - window_s)
+        with self.database.read() as connection:
+            query = select(func.sum(_USAGE.c.seconds), func.min(_USAGE.c.ended_s)).where(since)
+            seconds, first_s = connection.execute(query).one()
+        return seconds or 0.0, (first_s or self._clock()) + window_s
+
+    def forget_usage(self, before_s: float) -> None:
+        with self.database.write() as connection:
+            connection.execute(delete(_USAGE).where(_USAGE.c.ended_s < before_s))
+
+    # Webhooks ------------------------------------------------------------------------------------
+
+    def to_tell(self, again_s: float) -> Job | None:
+        """A job that ended and whose webhook is due; it is due again in `again_s` unless :meth:`told` says otherwise."""
+        now_s = self._clock()
+        due = and_(_JOBS.c.hook_next_s <= now_s, _JOBS.c.state.in_(tuple(ENDED)))
+        with self.database.read() as connection:
+            if connection.execute(select(_JOBS.c.id).where(due).limit(1)).first() is None:
+                return None
+        with self.database.write() as connection:
+            query = select(_JOBS).where(due).order_by(_JOBS.c.hook_next_s).limit(1).with_for_update(skip_locked=True)
+            row = connection.execute(query).first()
+            if row is None:
+                return None
+            values = {"hook_attempts": (row.hook_attempts or 0) + 1, "hook_next_s": now_s + again_s}
+            connection.execute(update(_JOBS).where(_JOBS.c.id == row.id).values(values))
+            return _job(connection.execute(select(_JOBS).where(_JOBS.c.id == row.id)).one())
+
+    def told(self, job: Job, again_s: float | None) -> None:
+        """The webhook of `job` was tried; it is due again in `again_s`, or never if None."""
+        next_s = None if again_s is None else self._clock() + again_s
+        this = and_(_JOBS.c.id == job.id, _JOBS.c.hook_attempts == job.hook_attempts)
+        with self.database.write() as connection:
+            connection.execute(update(_JOBS).where(this).values(hook_next_s=next_s))
+
+    # Figures -------------------------------------------------------------------------------------
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state."""
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             rows = connection.execute(select(_JOBS.c.state, func.count()).group_by(_JOBS.c.state)).all()
         return dict.fromkeys(State, 0) | {State(state): count for state, count in rows}
 
@@ -383,7 +450,7 @@ class JobTable:
         since = _JOBS.c.ended_s > self._clock() - _DAY_S
         columns = (_JOBS.c.state, _JOBS.c.created_s, _JOBS.c.started_s, _JOBS.c.ended_s, _JOBS.c.result_s)
         query = select(*columns).where(since).order_by(_JOBS.c.ended_s.desc()).limit(_SAMPLE)
-        with self._reader.connect() as connection:
+        with self.database.read() as connection:
             rows = connection.execute(query).all()
         count = {state: sum(row.state == state for row in rows) for state in ENDED}
         good = [row for row in rows if row.state == State.SUCCEEDED]
@@ -409,18 +476,15 @@ def _job(row: Row[Any]) -> Job:
     return Job(**(values | {"state": State(values["state"])}))
 
 
+def _fence(job: Job) -> Any:
+    """Whether the job is still what its worker took."""
+    return and_(
+        _JOBS.c.id == job.id,
+        _JOBS.c.state == State.RUNNING,
+        _JOBS.c.worker == job.worker,
+        _JOBS.c.attempts == job.attempts,
+    )
+
+
 def _quantile(ordered: list[float], share: float) -> float | None:
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
-
-
-def _set_up_sqlite(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # the driver is not to begin transactions by itself
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job outlives a power cut
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    reading = connection.get_execution_options().get("reading", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

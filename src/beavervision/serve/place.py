@@ -9,6 +9,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from beavervision.errors import OutputError, UsageError
 from beavervision.serve.access import Audit
+from beavervision.serve.avatars import Avatars
+from beavervision.serve.bucket import BucketStorage
 from beavervision.serve.jobs import JobTable
 from beavervision.serve.storage import LocalStorage, Storage
 from beavervision.settings import Settings
@@ -29,6 +31,7 @@ class Place:
 
     table: JobTable
     storage: Storage
+    avatars: Avatars
     audit: Audit
     scratch: Path
     workers: Path
@@ -39,7 +42,7 @@ class Place:
 
         Raises:
             OutputError: they cannot be made.
-            UsageError: serve_database cannot be used.
+            UsageError: serve_database or serve_storage cannot be used.
         """
         root = settings.serve_folder
         scratch, workers = root / "scratch", root / "workers"
@@ -55,4 +58,8 @@ class Place:
             table = JobTable(url, attempts=settings.serve_attempts, lease_s=settings.serve_lease_s)
         except (SQLAlchemyError, ImportError) as error:
             raise UsageError(f"The database cannot be opened: {error}. Correct serve_database.") from error
-        return cls(table, LocalStorage(root / "files"), Audit(root / "audit.jsonl"), scratch, workers)
+        storage: Storage = LocalStorage(root / "files")
+        if settings.serve_storage:
+            storage = BucketStorage(settings.serve_storage, root / "files")
+        avatars = Avatars(table.database, storage)
+        return cls(table, storage, avatars, Audit(root / "audit.jsonl"), scratch, workers)

@@ -12,6 +12,7 @@ from beavervision.serve.jobs import Job, State
 Factor = Annotated[float, Field(ge=0.5, le=2, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 _SHARE = r"(0(\.\d{1,9})?|1(\.0{1,9})?)"
+FACE = rf"^(largest|speaker|left|right|center|\d{{1,3}}|{_SHARE},{_SHARE})$"
 
 
 class Strict(BaseModel):
@@ -32,6 +33,14 @@ class VoiceSettings(Strict):
     seed: int = Field(0, ge=0, lt=2**31, description="The same seed gives the same voice, to the sample.")
 
 
+class KeyframeIn(Strict):
+    """An expression at a time."""
+
+    time_s: float = Field(ge=0, le=86_400, allow_inf_nan=False)
+    expression: Annotated[str, Field(max_length=1000)] | dict[Name, float] = Field(examples=["happy:0.6"])
+    ease: Literal["in-out", "in", "out", "linear", "hold"] = Field("in-out", description="How it is come to.")
+
+
 class LipsyncSettings(VoiceSettings):
     """The `settings` of a job."""
 
@@ -47,10 +56,44 @@ class LipsyncSettings(VoiceSettings):
     )
     face: str = Field(
         "largest",
-        pattern=rf"^(largest|speaker|left|right|center|\d{{1,3}}|{_SHARE},{_SHARE})$",
+        pattern=FACE,
         description="Which face: largest, speaker, left, right, center, a number from 0 (left), or x,y in 0..1.",
     )
+    mark: bool = Field(False, description="Say in a corner of the pictures that they are synthetic.")
     keep_audio: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="The level of the source's own sound.")
+    expression: str | None = Field(
+        None,
+        max_length=1000,
+        description="What to express, as /api/v1/expressions lists it, with an intensity. Marks in the text change it on the way.",
+        examples=["happy:0.6", "auto"],
+    )
+    expression_track: list[KeyframeIn] | None = Field(
+        None, min_length=1, max_length=1000, description="Keyframes of expressions to add, in order of time."
+    )
+    style: dict[str, Any] | None = Field(
+        None, description="The manner of another speaker: what `beavervision style learn` writes."
+    )
+    alive: bool | None = Field(
+        None, description="Let the face blink, breathe and stress words unasked. By default stills alone do."
+    )
+    restore: Name | None = Field(None, description="A face restorer (kind `restore`), as /api/v1/models lists them.")
+    restore_area: Literal["mouth", "face"] = Field("mouth", description="Where the restorer's detail shows.")
+
+
+class AvatarSettings(Strict):
+    """The fields of an avatar."""
+
+    name: str = Field("", max_length=100)
+    face: str = Field("largest", pattern=FACE)
+
+
+class PreviewSettings(Strict):
+    """The fields of a preview."""
+
+    expression: str = Field(max_length=1000)
+    face: str = Field("largest", pattern=FACE)
+    view: Literal["picture", "face"] = "picture"
+    side_px: int = Field(720, ge=64, le=1280)
 
 
 class SpeechRequest(VoiceSettings):
@@ -81,6 +124,9 @@ class SpeechOut(BaseModel):
 
 class ProgressOut(BaseModel):
     stage: Literal["waiting", "preparing", "drawing", "done"]
+    step: str | None = Field(
+        description="What the worker does: loading (networks), looking (for the face), drawing, signing, storing."
+    )
     pictures: int
     pictures_expected: int | None = Field(description="An estimate while speech is synthesised; null before.")
     pictures_per_s: float
@@ -96,6 +142,7 @@ class JobOut(BaseModel):
     """A job. `video_url` is there once it has succeeded; it is signed and expires."""
 
     id: str
+    kind: Literal["lipsync", "avatar"] = Field(description="Whether it makes a video, or looks at an avatar.")
     state: State
     created: datetime
     started: datetime | None
@@ -106,6 +153,22 @@ class JobOut(BaseModel):
     video_url: str | None
     video_url_expires: datetime | None
     seconds: float | None = Field(description="The length of the video.")
+    links: dict[str, str]
+
+
+class AvatarOut(BaseModel):
+    """A face that was uploaded once."""
+
+    id: str
+    name: str
+    state: Literal["preparing", "ready", "failed"]
+    created: datetime
+    kind: Literal["still", "video"] | None = Field(description="This and what follows is known once it is ready.")
+    width_px: int | None
+    height_px: int | None
+    seconds: float | None = Field(description="The length of a video.")
+    people: int | None = Field(description="How many faces were seen, the chosen one included.")
+    error: ErrorOut | None
     links: dict[str, str]
 
 
@@ -136,6 +199,22 @@ class ModelOut(BaseModel):
     usable: bool = Field(description="Whether a job may name it in `model`.")
 
 
+class ExpressionOut(BaseModel):
+    """A name that `expression`, `expression_track` and marks in the text take, with a number from low to high."""
+
+    name: str
+    kind: str = Field(description="preset, auto, custom, control or head.")
+    summary: str
+    low: float
+    high: float
+
+
+class WebhooksOut(BaseModel):
+    """How webhooks are signed: as https://www.standardwebhooks.com says, with this secret."""
+
+    secret: str
+
+
 class WorkerOut(BaseModel):
     name: str
     pid: int | None
@@ -148,6 +227,18 @@ class MemoryOut(BaseModel):
     device: str
     used_bytes: int
     budget_bytes: int
+    utilisation: float | None = Field(description="How busy a GPU is, of 1, where its driver tells.")
+
+
+class LimitsOut(BaseModel):
+    """What a request may have; `consent` says whether it must confirm the right to use the face."""
+
+    upload_mb: int
+    text_chars: int
+    media_s: float
+    side_px: int
+    keep_hours: float
+    consent: bool
 
 
 class StatusOut(BaseModel):
@@ -168,6 +259,7 @@ class StatusOut(BaseModel):
     response_p50_s: float | None
     response_p95_s: float | None
     free_disk_bytes: int
+    limits: LimitsOut
 
 
 class Health(BaseModel):
@@ -194,16 +286,18 @@ def job_out(job: Job, base: str, video_url: str | None, expires_s: float | None)
     if not job.ended:
         links["cancel"] = f"{base}/cancel"
     if job.state is State.SUCCEEDED:
-        links |= {"result": f"{base}/result", "report": f"{base}/report"}
+        links |= {"report": f"{base}/report"} | ({"result": f"{base}/result"} if job.result_key else {})
     return JobOut(
         id=job.id,
+        kind=job.request.get("kind", "lipsync"),
         state=job.state,
-        created=_time(job.created_s),
-        started=None if job.started_s is None else _time(job.started_s),
-        ended=None if job.ended_s is None else _time(job.ended_s),
+        created=time_of(job.created_s),
+        started=None if job.started_s is None else time_of(job.started_s),
+        ended=None if job.ended_s is None else time_of(job.ended_s),
         attempts=job.attempts,
         progress=ProgressOut(
             stage=stage.get(job.state, "done"),
+            step=job.stage if job.state is State.RUNNING else None,
             pictures=job.pictures,
             pictures_expected=job.pictures_expected,
             pictures_per_s=round(job.pictures_per_s, 2),
@@ -211,11 +305,11 @@ def job_out(job: Job, base: str, video_url: str | None, expires_s: float | None)
         ),
         error=None if job.error_code is None else ErrorOut(code=job.error_code, message=job.error_message or ""),
         video_url=video_url,
-        video_url_expires=None if expires_s is None else _time(expires_s),
+        video_url_expires=None if expires_s is None else time_of(expires_s),
         seconds=job.result_s,
         links=links,
     )
 
 
-def _time(time_s: float) -> datetime:
+def time_of(time_s: float) -> datetime:
     return datetime.fromtimestamp(time_s, UTC)

@@ -8,16 +8,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from beavervision.errors import UsageError
 from beavervision.serve.app import create_app
 from beavervision.serve.service import Service
+from beavervision.serve.telemetry import set_up_logs
 from beavervision.settings import Settings
+
+if TYPE_CHECKING:
+    from beavervision.serve.live import Rooms
 
 _CLOSING_S = 3  # for answers on their way when the server ends
 _BACKLOG = 128
+_WS_BYTES = 1 << 20  # of one message
 
 
 def serve(settings: Settings) -> None:
@@ -28,23 +34,27 @@ def serve(settings: Settings) -> None:
         UsageError: the address or the folder is in use, or other machines could reach it without keys.
         OutputError: the folder cannot be written.
     """
+    set_up_logs(settings, "server")
     service = Service(settings)
     try:
         with _only_one(settings), _listening(settings) as listener:
-            service.supervisor.start()
+            service.start()
+            app = create_app(service)
             config = uvicorn.Config(
-                create_app(service),
+                app,
                 log_config=None,
                 access_log=False,
                 http="h11",
-                ws="none",
+                ws="none" if app.state.rooms is None else "websockets-sansio",
+                ws_max_size=_WS_BYTES,
+                ws_per_message_deflate=False,
                 lifespan="off",
                 loop="asyncio",
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=_CLOSING_S,
             )
-            _Server(config, service, settings.serve_drain_s).run(sockets=[listener])
+            _Server(config, service, settings.serve_drain_s, app.state.rooms).run(sockets=[listener])
     finally:
         service.close()
 
@@ -84,9 +94,9 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 class _Server(uvicorn.Server):
     """Drains before it ends: it goes on answering while running jobs end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, rooms: Rooms | None) -> None:
         super().__init__(config)
-        self._service, self._drain_s = service, drain_s
+        self._service, self._drain_s, self._rooms = service, drain_s, rooms
         self._asked = False
         self._until_s: float | None = None
 
@@ -103,3 +113,8 @@ class _Server(uvicorn.Server):
         if self._until_s is not None and (self._service.supervisor.idle or time.monotonic() > self._until_s):
             return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._rooms is not None:
+            await self._rooms.close()
+        await super().shutdown(sockets)

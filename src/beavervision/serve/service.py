@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import shutil
 import tempfile
 import threading
@@ -10,22 +11,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from beavervision import metrics
 from beavervision.errors import LicenceError, UsageError
+from beavervision.expression import ExpressionStore, Marked, Style, Track
+from beavervision.expression import known as known_expressions
+from beavervision.expression import parse as parse_expression
+from beavervision.media import F32
 from beavervision.models.cards import BEAVER, CARDS, ModelCard
 from beavervision.models.store import ModelStore
-from beavervision.serve import exposition
+from beavervision.serve import exposition, telemetry
 from beavervision.serve.access import Keys, Links, is_loopback, key_file, secret
-from beavervision.serve.guard import Limits, examine
+from beavervision.serve.avatar_service import AvatarService
+from beavervision.serve.credentials import Credentials
+from beavervision.serve.guard import Guard, Limits
 from beavervision.serve.jobs import Job, KeyReusedError, NewJob, QueueFullError, State, new_id
+from beavervision.serve.limits import Allowance, Buckets
 from beavervision.serve.place import Place
+from beavervision.serve.preview import Previewer
 from beavervision.serve.problems import Problem, of_validation
 from beavervision.serve.schema import (
+    ExpressionOut,
+    JobOut,
+    LimitsOut,
     LipsyncSettings,
     ModelOut,
     PhoneTime,
@@ -35,9 +47,12 @@ from beavervision.serve.schema import (
     VoiceOut,
     VoiceSettings,
     WorkerOut,
+    job_out,
 )
 from beavervision.serve.supervisor import Supervisor
 from beavervision.serve.upload import Upload
+from beavervision.serve.version import program_version
+from beavervision.serve.webhooks import Target, Webhooks, secret_of
 from beavervision.settings import Settings
 from beavervision.speech import Phone, Speaker, SpeechChunk, write_wav
 
@@ -65,20 +80,35 @@ class Service:
                 "`beavervision serve --new-key NAME`, or let everybody in with BEAVERVISION_SERVE_OPEN=1."
             )
         self.settings = settings
-        usable = [model.name for model in self.models() if model.usable]
+        usable = [model.name for model in self.models() if model.usable and model.kind == "lipsync"]
         if settings.model not in usable:
             raise UsageError(
                 f"The default model {settings.model!r} cannot be used here. Set one of: {', '.join(usable)}."
             )
         self._speaker = Speaker(threads=1, voices_dir=settings.voices_dir)
         self._speaker.voice(*settings.voice_for(None, None))
+        Credentials.of(settings)  # to find out now what is wrong with them
+        self.traces = telemetry.Traces(settings, "server")
         self.place = Place.open(settings)
         self.links = Links(secret(settings), settings.serve_link_s)
         self.supervisor = Supervisor(settings, self.place)
+        self.guard = Guard()
+        self.previewer = Previewer()
+        self.avatars = AvatarService(self)
+        self.webhooks = Webhooks(
+            self.place.table, self.place.audit, self.links.secret, self._webhook_hosts(), self._webhook_payload
+        )
+        self.buckets = Buckets()
         self.draining = threading.Event()
         self._speaking = threading.BoundedSemaphore(1)
         self._examining = threading.BoundedSemaphore(_EXAMINED_AT_ONCE)
         self._began_s = time.monotonic()
+
+    def start(self) -> None:
+        """Start the processes and threads beside this one."""
+        self.supervisor.start()
+        self.guard.start()
+        self.webhooks.start()
 
     def drain(self) -> None:
         """Take no new job; let those at work end."""
@@ -86,7 +116,11 @@ class Service:
         self.supervisor.drain()
 
     def close(self) -> None:
+        self.webhooks.stop()
         self.supervisor.stop()
+        self.guard.close()
+        self.previewer.close()
+        self.traces.close()
         self.place.table.close()
 
     # Jobs ----------------------------------------------------------------------------------------
@@ -98,14 +132,33 @@ class Service:
                 503, "draining", "The service is being stopped. Try again in a moment.", headers={"Retry-After": "10"}
             )
         if self.place.table.counts()[State.QUEUED] >= self.settings.serve_queue:
-            raise self._full()
+            raise self.full()
         free = shutil.disk_usage(self.settings.serve_folder).free
         if free < _FREE_BYTES + (self.settings.serve_max_upload_mb << 20):
             raise Problem(
                 503, "storage", "The service is short of disk space. Try again later.", headers={"Retry-After": "600"}
             )
 
-    def _full(self) -> Problem:
+    def allowance(self, owner: str) -> Allowance:
+        """How much `owner` may ask for."""
+        s = self.settings
+        general = Allowance(s.serve_rate_per_s, s.serve_burst, s.serve_daily_media_s)
+        return general if self.keys is None else self.keys.allowance(owner, general)
+
+    def _check_quota(self, owner: str) -> None:
+        allowed_s = self.allowance(owner).daily_media_s
+        if allowed_s <= 0:
+            return
+        used_s, free_s = self.place.table.used(owner)
+        if used_s >= allowed_s:
+            wait_s = max(1, math.ceil(free_s - time.time()))
+            detail = (
+                f"{used_s:.0f} s of video were made in 24 hours; {allowed_s:g} s are allowed. Try again in {wait_s} s."
+            )
+            raise Problem(429, "quota", detail, headers={"Retry-After": str(wait_s)})
+
+    def full(self) -> Problem:
+        """That the queue is full, and when to try again."""
         mean_s = self.place.table.figures().work_mean_s
         wait_s = _RETRY_UNKNOWN_S if mean_s is None else round(mean_s / self.settings.serve_workers)
         wait_s = min(max(wait_s, _RETRY_S[0]), _RETRY_S[1])
@@ -114,15 +167,26 @@ class Service:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for the time of a request."""
-        folder = Path(tempfile.mkdtemp(prefix="request-", dir=self.place.scratch))
+        """A folder for the time of a request.
+
+        Raises:
+            Problem: there is no space for it.
+        """
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="request-", dir=self.place.scratch))
+        except OSError as error:
+            raise Problem(507, "storage", "Nothing can be stored: no space is left. Try again later.") from error
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def accept(self, upload: Upload, owner: str, address: str, idempotency_key: str | None) -> Job:
+    def accept(
+        self, upload: Upload, owner: str, address: str, idempotency_key: str | None, public_url: str = ""
+    ) -> Job:
         """Check everything that can be checked, and queue the job. Its files are taken over.
+
+        `public_url` is how the client addressed the service.
 
         Raises:
             Problem, BeaverVisionError: it is refused.
@@ -138,34 +202,52 @@ class Service:
             settings = LipsyncSettings.model_validate_json(upload.fields.get("settings") or "{}")
         except ValidationError as error:
             raise of_validation(error, "settings") from error
-        consent = upload.fields.get("consent", "").strip().lower() in ("true", "1", "yes", "on")
-        if self.settings.serve_require_consent and not consent:
+        video, audio, text = upload.files.get("video"), upload.files.get("audio"), upload.fields.get("text")
+        avatar = upload.fields.get("avatar")
+        consent = upload.consent
+        self._check_quota(owner)
+        given_before = avatar is not None and audio is None  # with the avatar
+        if self.settings.serve_require_consent and not consent and not given_before:
             raise Problem(
                 422,
                 "consent",
                 "Confirm that you have the right to use this face and voice: send the field consent=true.",
             )
-        video, audio, text = upload.files.get("video"), upload.files.get("audio"), upload.fields.get("text")
-        if video is None:
-            raise Problem(422, "usage", "There is no face: send a video or a picture in the field video.")
+        if (video is None) == (avatar is None):
+            raise Problem(
+                422,
+                "usage",
+                "Say whose face it is: send a video or a picture in the field video, or the id of an avatar in the field avatar.",
+            )
+        if avatar is not None:
+            avatar = self.avatars.usable(avatar, owner).id
+            if "face" in settings.model_fields_set:
+                raise Problem(422, "usage", "The face of an avatar was chosen when it was uploaded. Leave out face.")
         if (audio is None) == (text is None):
             raise Problem(
                 422, "usage", "Say what the face should speak: send exactly one of the fields text and audio."
             )
+        self._check_expression(settings)
         if text is not None:
             self._check_text(text, settings)
         if settings.model is not None:
             self._check_model(settings.model)
-        limits = Limits(self.settings.serve_max_side_px, self.settings.serve_max_media_s)
-        with self._examining:
-            examine(video, audio, limits)
+        if settings.restore is not None:
+            self._check_model(settings.restore, "restore")
+        hook = upload.fields.get("webhook")
+        if hook is not None:
+            Target.of(hook, self._webhook_hosts())
+        self.examine(video, audio)
         request = {
+            "public_url": public_url,
+            "trace": telemetry.current(),
+            "avatar": avatar,
             "settings": settings.model_dump(exclude_none=True),
             "text": text,
             "audio": audio is not None,
             "consent": consent,
         }
-        new = NewJob(new.id, owner, request, upload.fingerprint, idempotency_key)
+        new = NewJob(new.id, owner, request, upload.fingerprint, idempotency_key, hook)
         job = self._queue(new, upload)
         if job.id == new.id:
             self.place.audit.write(
@@ -179,15 +261,24 @@ class Service:
             )
         return job
 
+    def examine(self, video: Path | None, audio: Path | None) -> None:
+        """Raises MediaError or NoAudioError if one of the files cannot be used, or not within the limits."""
+        limits = Limits(self.settings.serve_max_side_px, self.settings.serve_max_media_s)
+        if video is not None or audio is not None:
+            with self._examining:
+                self.guard.examine(video, audio, limits)
+
     def _queue(self, new: NewJob, upload: Upload) -> Job:
         queued = False
         try:
             for name, path in upload.files.items():
                 self.place.storage.put(path, f"{new.id}/in/{name}")
             job, queued = self.place.table.add(new, self.settings.serve_queue)
+            if queued:
+                self.supervisor.wake()
             return job
         except QueueFullError as error:
-            raise self._full() from error
+            raise self.full() from error
         except KeyReusedError as error:
             raise _reused() from error
         finally:
@@ -200,11 +291,29 @@ class Service:
             raise Problem(
                 422, "text", f"The text has {len(text)} characters; {limit} are allowed. Split it into parts."
             )
-        self._chunks(text, settings)
+        self._chunks(self._spoken(text), settings)
 
-    def _check_model(self, name: str) -> None:
+    def _check_expression(self, settings: LipsyncSettings) -> None:
+        """Raises BeaverVisionError where the worker could not understand what the face is to express."""
+        custom = ExpressionStore(self.settings.data_dir).looks()
+        if settings.expression is not None:
+            parse_expression(settings.expression, custom)
+        if settings.expression_track is not None:
+            Track.of([key.model_dump() for key in settings.expression_track], custom)
+        if settings.style is not None:
+            Style.of(settings.style)
+
+    def look(self, expression: str) -> F32:
+        """The look (58,) that `expression` asks for; raises UsageError where it is not understood."""
+        return parse_expression(expression, ExpressionStore(self.settings.data_dir).looks()).look
+
+    def _spoken(self, text: str) -> str:
+        """A text without its marks of expressions."""
+        return Marked.of(text, ExpressionStore(self.settings.data_dir).looks()).text
+
+    def _check_model(self, name: str, kind: str = "lipsync") -> None:
         model = next((m for m in self.models() if m.name == name), None)
-        usable = [m.name for m in self.models() if m.usable]
+        usable = [m.name for m in self.models() if m.usable and m.kind == kind] or ["none: there is none here"]
         if model is not None and model.non_commercial and not self.settings.serve_allow_non_commercial:
             raise LicenceError(f"The model {name} may not be used commercially. Use one of: {', '.join(usable)}.")
         if name not in usable:
@@ -223,6 +332,7 @@ class Service:
             self.place.storage.remove(job_id)
             metrics.JOBS.labels(State.CANCELLED.value).inc()
             self.place.audit.write("cancelled", job=job_id, owner=owner)
+            self.supervisor.news.told(job_id)
         return self.job(job_id, owner)
 
     def delete(self, job_id: str, owner: str) -> None:
@@ -244,6 +354,27 @@ class Service:
         except FileNotFoundError as error:
             raise Problem(410, "gone", "The result has expired. Send the job again.") from error
 
+    def shown(self, job: Job, public_url: str) -> JobOut:
+        """A job as clients see it; `public_url` is how they address the service."""
+        base = f"/api/v1/jobs/{job.id}"
+        if job.result_key is None:
+            return job_out(job, base, None, None)
+        query, expires_s = self.links.sign(f"{base}/result")
+        public = (self.settings.serve_public_url or public_url).rstrip("/")
+        return job_out(job, base, f"{public}{base}/result?{query}", expires_s)
+
+    # Webhooks ------------------------------------------------------------------------------------
+
+    def webhook_secret(self, owner: str) -> str:
+        return secret_of(self.links.secret, owner)
+
+    def _webhook_hosts(self) -> frozenset[str]:
+        return frozenset(host.strip() for host in self.settings.serve_webhook_hosts.split(",") if host.strip())
+
+    def _webhook_payload(self, job: Job) -> dict[str, Any]:
+        data = self.shown(job, job.request.get("public_url", "")).model_dump(mode="json")
+        return {"type": f"job.{job.state}", "timestamp": data["ended"], "data": data}
+
     # Speech --------------------------------------------------------------------------------------
 
     def _chunks(self, text: str, settings: VoiceSettings) -> Iterator[SpeechChunk]:
@@ -255,7 +386,7 @@ class Service:
     def speak(self, request: SpeechRequest) -> SpeechOut:
         """A text as sound, with the times of its phones."""
         chosen = self._speaker.voice(*self.settings.voice_for(request.voice, request.language))
-        chunks = self._chunks(request.text, request)
+        chunks = self._chunks(self._spoken(request.text), request)
         phones: list[Phone] = []
         dropped: list[str] = []
 
@@ -292,6 +423,10 @@ class Service:
 
     # What there is -------------------------------------------------------------------------------
 
+    def expressions(self) -> list[ExpressionOut]:
+        custom = ExpressionStore(self.settings.data_dir).looks()
+        return [ExpressionOut(**asdict(name)) for name in known_expressions(custom)]
+
     def models(self) -> list[ModelOut]:
         stored = [model.card for model in ModelStore(self.settings.data_dir).list()]
         allow = self.settings.serve_allow_non_commercial
@@ -303,7 +438,7 @@ class Service:
     def status(self) -> StatusOut:
         counts, figures = self.place.table.counts(), self.place.table.figures()
         return StatusOut(
-            version=_version(),
+            version=program_version(),
             uptime_s=round(time.monotonic() - self._began_s, 1),
             draining=self.draining.is_set(),
             workers=[
@@ -320,6 +455,14 @@ class Service:
             response_p50_s=figures.response_p50_s,
             response_p95_s=figures.response_p95_s,
             free_disk_bytes=shutil.disk_usage(self.settings.serve_folder).free,
+            limits=LimitsOut(
+                upload_mb=self.settings.serve_max_upload_mb,
+                text_chars=self.settings.serve_max_text_chars,
+                media_s=self.settings.serve_max_media_s,
+                side_px=self.settings.serve_max_side_px,
+                keep_hours=self.settings.serve_keep_hours,
+                consent=self.settings.serve_require_consent,
+            ),
         )
 
 
@@ -343,10 +486,3 @@ def _model_out(card: ModelCard, usable: bool) -> ModelOut:
         non_commercial=card.non_commercial,
         usable=usable,
     )
-
-
-def _version() -> str:
-    try:
-        return version("beavervision")
-    except PackageNotFoundError:
-        return "not installed"

@@ -13,6 +13,13 @@ from beavervision.errors import OutputError
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}(\.[a-z0-9]{1,8})?){0,2}")
 
 
+def checked(key: str) -> str:
+    """Raises ValueError if `key` is none."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no key")
+    return key
+
+
 class Storage(Protocol):
     """A place for blobs; a key is ``group/kind/name``. Safe from many threads and processes."""
 
@@ -85,6 +92,4 @@ class LocalStorage:
                 continue
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no key")
-        return self._root / key
+        return self._root / checked(key)

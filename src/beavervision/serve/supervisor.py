@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import pickle
 import secrets
 import shutil
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import State
+from beavervision.serve.news import News
 from beavervision.serve.place import Place, Task
 from beavervision.settings import Settings
 
@@ -23,6 +27,7 @@ _LOOK_S = 0.1
 _SWEEP_S = 30.0
 _PAUSES_S = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0)  # before a worker that keeps dying is started again
 _HEALTHY_S = 60.0  # a worker that lived so long begins at the first pause again
+_USAGE_S = 172_800.0  # what was used longer ago counts for no quota
 _ORPHAN_S = 3600.0  # files without a job are removed when they are older
 _LOG = logging.getLogger("beavervision.serve")
 
@@ -51,9 +56,10 @@ class WorkerState:
 
 
 class Supervisor:
-    """The workers of one server, watched by a thread."""
+    """The workers of one server, watched by a thread. `news` has what they tell of jobs."""
 
     def __init__(self, settings: Settings, place: Place) -> None:
+        self.news = News()
         self._settings, self._place = settings, place
         self._slots = [_Slot(f"worker-{number}") for number in range(settings.serve_workers)]
         self._lock = threading.Lock()
@@ -84,13 +90,18 @@ class Supervisor:
         """Let each worker finish its job and end; none is started any more."""
         with self._lock:
             self._draining = True
-            for slot in self._slots:
-                if slot.process is not None and slot.process.stdin is not None:
-                    try:
-                        slot.process.stdin.write(b"drain\n")
-                        slot.process.stdin.flush()
-                    except OSError:
-                        continue
+            self._say(b"drain\n")
+
+    def wake(self) -> None:
+        """There is a job to take."""
+        with self._lock:
+            self._say(b"job\n")
+
+    def _say(self, line: bytes) -> None:
+        for slot in self._slots:
+            if slot.process is not None and slot.process.stdin is not None:
+                with suppress(OSError, ValueError):  # it is dead, or was hung up on
+                    slot.process.stdin.write(line)
 
     @property
     def idle(self) -> bool:
@@ -153,7 +164,11 @@ class Supervisor:
         slot.began_s = time.monotonic()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "beavervision.serve.worker"], stdin=subprocess.PIPE, stderr=sys.stderr
+                [sys.executable, "-m", "beavervision.serve.worker"],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=sys.stderr,
             )
         except OSError as error:
             _LOG.error("%s cannot be started: %s", slot.slot, error)
@@ -163,9 +178,17 @@ class Supervisor:
         assert process.stdin is not None
         try:
             process.stdin.write(base64.b64encode(pickle.dumps(Task(self._settings, slot.name, slot.slot))) + b"\n")
-            process.stdin.flush()
+            os.set_blocking(process.stdin.fileno(), False)  # a hung worker is not to hang the server
         except OSError:  # dead already: the next look sees it
             return
+        threading.Thread(target=self._listen, args=(process,), name=slot.slot, daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Hear what a worker says, a job's id a line, until it ends."""
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                self.news.told(line.decode("utf-8", "replace").strip())
 
     def _buried(self, slot: _Slot) -> None:
         """What a dead worker had goes to the next."""
@@ -183,7 +206,15 @@ class Supervisor:
             storage.remove(job_id)
             table.remove(job_id)
             self._place.audit.write("expired", job=job_id)
+        table.forget_usage(time.time() - _USAGE_S)
         for group, changed_s in storage.groups():
+            avatar_id = Avatars.id_of(group)
+            if avatar_id is not None:
+                avatar = self._place.avatars.get(avatar_id)
+                lost = avatar is not None and not avatar.ready and table.get(avatar.job_id) is None
+                if (avatar is None or lost) and changed_s < time.time() - _ORPHAN_S:
+                    self._place.avatars.remove(avatar_id)
+                continue
             job = table.get(group)
             if job is None:
                 if changed_s < time.time() - _ORPHAN_S:

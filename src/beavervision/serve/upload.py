@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FILES = ("video", "audio")
+_AT_ONCE = 16
+_UPLOAD_S = 600  # for one
 _FRAMING_BYTES = 1 << 16  # for boundaries and the headers of parts
 
 
@@ -29,8 +32,40 @@ class Upload:
     fields: dict[str, str]
     fingerprint: str
 
+    @property
+    def consent(self) -> bool:
+        """Whether the right to use the face was confirmed."""
+        return self.fields.get("consent", "").strip().lower() in ("true", "1", "yes", "on")
 
-async def receive(request: Request, folder: Path, file_bytes: int, field_bytes: dict[str, int]) -> Upload:
+
+class Intake:
+    """Takes uploads, `_AT_ONCE` at a time, of `file_bytes` each."""
+
+    def __init__(self, file_bytes: int) -> None:
+        self._file_bytes = file_bytes
+        self._places = asyncio.Semaphore(_AT_ONCE)
+
+    async def receive(
+        self, request: Request, folder: Path, field_bytes: dict[str, int], files: tuple[str, ...] = FILES
+    ) -> Upload:
+        """As :func:`receive`.
+
+        Raises:
+            Problem: as it, or there are too many at once, or it is too slow.
+        """
+        if self._places.locked():
+            raise Problem(503, "busy", "Too many uploads at once. Try again in a moment.", headers={"Retry-After": "5"})
+        async with self._places:
+            try:
+                async with asyncio.timeout(_UPLOAD_S):
+                    return await receive(request, folder, self._file_bytes, field_bytes, files)
+            except TimeoutError as error:
+                raise Problem(408, "too_slow", f"The upload took longer than {_UPLOAD_S} s. Send less.") from error
+
+
+async def receive(
+    request: Request, folder: Path, file_bytes: int, field_bytes: dict[str, int], files: tuple[str, ...] = FILES
+) -> Upload:
     """Write the files of a request into `folder`. `file_bytes` is for all files together, `field_bytes` for each field.
 
     Raises:
@@ -45,7 +80,7 @@ async def receive(request: Request, folder: Path, file_bytes: int, field_bytes: 
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > whole_bytes:
         raise _too_large(file_bytes)
-    parts = _Parts(folder, file_bytes, field_bytes)
+    parts = _Parts(folder, file_bytes, field_bytes, files)
     try:
         parser = MultipartParser(options[b"boundary"], parts.callbacks())
         taken = 0
@@ -74,8 +109,8 @@ class _Part:
 
 
 class _Parts:
-    def __init__(self, folder: Path, file_bytes: int, field_bytes: dict[str, int]) -> None:
-        self._folder, self._field_bytes = folder, field_bytes
+    def __init__(self, folder: Path, file_bytes: int, field_bytes: dict[str, int], files: tuple[str, ...]) -> None:
+        self._folder, self._field_bytes, self._files = folder, field_bytes, files
         self._left_bytes, self._limit_bytes = file_bytes, file_bytes
         self._done: dict[str, _Part] = {}
         self._header = (bytearray(), bytearray())
@@ -100,12 +135,12 @@ class _Parts:
     def upload(self) -> Upload:
         if not self._whole:
             raise Problem(400, "malformed", "The multipart body ends too early. Send it again.")
-        files = {name: self._folder / name for name in FILES if name in self._done}
+        files = {name: self._folder / name for name in self._files if name in self._done}
         digest = hashlib.sha256()
         for name in sorted(self._done):
             digest.update(f"{name}={self._done[name].digest}\n".encode())
         try:
-            fields = {name: part.value.decode() for name, part in self._done.items() if name not in FILES}
+            fields = {name: part.value.decode() for name, part in self._done.items() if name not in files}
         except UnicodeDecodeError as error:
             raise Problem(400, "malformed", "A field is no UTF-8 text. Send it as UTF-8.") from error
         return Upload(files, fields, digest.hexdigest())
@@ -126,13 +161,13 @@ class _Parts:
 
     def _open(self) -> None:
         name = parse_options_header(self._disposition)[1].get(b"name", b"").decode("utf-8", "replace")
-        known = (*FILES, *self._field_bytes)
+        known = (*self._files, *self._field_bytes)
         if name not in known:
             raise Problem(422, "unknown_field", f"There is no field {name[:40]!r}. There are: {', '.join(known)}.")
         if name in self._done:
             raise Problem(422, "repeated_field", f"The field {name} came twice. Send it once.")
         self._part, self._hash = _Part(name), hashlib.sha256()
-        if name in FILES:
+        if name in self._files:
             try:
                 self._file = (self._folder / name).open("xb")
             except OSError as error:

@@ -39,6 +39,7 @@ HELD_PICTURES = 64
 STILL_SIDE_PX = 1920  # a larger still is scaled down: no player shows 12-megapixel H.264
 MAX_STILL_PX = 128_000_000
 MAX_VIDEO_PX = 8192 * 4320
+SOUND_HZ, SOUND_CHANNELS = (2000, 768_000), 8
 STILL_RATE = Fraction(25)
 STANDARD_RATES = tuple(
     Fraction(r)
@@ -151,8 +152,26 @@ def audio_info(path: Path | str, stream: int | None = None) -> AudioStream:
         first = next(_audio_frames(container, container.streams.audio[chosen.index]), None)
         if first is None:
             raise MediaError(f"{path}: its sound cannot be decoded. The file is damaged; use another copy.")
+        rate_hz, channels = first.sample_rate, first.layout.nb_channels
+        if not SOUND_HZ[0] <= rate_hz <= SOUND_HZ[1] or channels > SOUND_CHANNELS:
+            raise MediaError(
+                f"{path}: its sound has {channels} channels of {rate_hz} Hz; up to {SOUND_CHANNELS} of {SOUND_HZ[0]} to "
+                f"{SOUND_HZ[1]} Hz can be used. Convert it, or use another copy if it is damaged."
+            )
         # Headers can be wrong by the factor that spectral band replication adds.
-        return replace(chosen, rate_hz=first.sample_rate, channels=first.layout.nb_channels)
+        return replace(chosen, rate_hz=rate_hz, channels=channels)
+
+
+def length(path: Path | str) -> Fraction | None:
+    """How long a file of sound or video says it is, in seconds; None where it does not.
+
+    Raises:
+        MediaError: it cannot be opened.
+    """
+    path = Path(path)
+    _check_file(path)
+    with _opened(path) as container:
+        return Fraction(container.duration, av.time_base) if container.duration else None
 
 
 class Decode:
@@ -792,11 +811,23 @@ def _load_still(path: Path) -> Picture:
             warnings.simplefilter("ignore")
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
-            picture = _plain_rgb(opened)
+            picture = _plain_rgb(_reduced(opened))
             picture = picture.resize(_still_scale(*picture.size), Image.Resampling.LANCZOS)
             return from_rgb(np.asarray(picture))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} is a damaged picture: {error}. Use another copy.") from error
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """A very large picture averaged to some twice the size that is wanted: what follows makes copies of it."""
+    step = max(picture.size) // (2 * STILL_SIDE_PX)
+    if step < 2 or picture.mode.startswith("I"):
+        return picture
+    if picture.mode in ("P", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    elif picture.mode == "1":
+        picture = picture.convert("L")
+    return picture.reduce(step)
 
 
 def _plain_rgb(picture: Image.Image) -> Image.Image:

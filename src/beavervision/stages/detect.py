@@ -16,8 +16,9 @@ import numpy as np
 
 from beavervision.errors import UsageError
 from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Picture, Reference, Region
+from beavervision.models.cover import Appearance, colours
 from beavervision.models.face import Crop, FaceNets
-from beavervision.models.mesh import OUTER_LIP, fit_pose, opening
+from beavervision.models.mesh import fit_pose, opening
 
 LOOK_AHEAD = 4  # pictures seen before one is let go
 _SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
@@ -26,9 +27,6 @@ _MAX_PITCH_DEG = 38.0
 _RETRY = 5  # a lost face is searched for in one of so many pictures
 _CUT_LEVEL = 22.0  # mean difference of luma thumbnails that makes a cut, if it also stands out of the last ones
 _CUT_RATIO = 4.0
-_OCCLUDED_LEVEL = 26.0  # sudden change of the colour around the mouth, in 8-bit steps, against that of the upper face
-_AROUND_MOUTH = np.concatenate([OUTER_LIP, [164, 18, 200, 199, 57, 287, 43, 273, 106, 335, 92, 322, 186, 410]])
-_UPPER_FACE = np.array([6, 197, 195, 5, 4, 151, 9, 117, 346, 50, 280, 101, 330])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class FaceChoice:
         except ValueError:
             pass
         raise UsageError(
-            f"--face {text!r}: give an index (0 is the leftmost), a place 'x,y' between 0 and 1, or one of {', '.join(named)}."
+            f"The face {text!r} is unknown: give an index (0 is the leftmost), a place 'x,y' between 0 and 1, or one of {', '.join(named)}."
         )
 
     def pick(self, faces: Sequence[Face], width_px: int, height_px: int) -> Face | None:
@@ -159,17 +157,27 @@ class _Seen:
 
 
 class Detect:
-    """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off (for live use)."""
+    """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off. Without `tiles` small faces are
+    not searched for, which would hold up a live picture.
+    """
 
     name = "detect"
 
-    def __init__(self, nets: FaceNets, choice: FaceChoice | None = None, *, look_ahead: int = LOOK_AHEAD) -> None:
+    def __init__(
+        self,
+        nets: FaceNets,
+        choice: FaceChoice | None = None,
+        *,
+        look_ahead: int = LOOK_AHEAD,
+        tiles: bool = True,
+    ) -> None:
         self._nets = nets
         self._choice = choice or FaceChoice()
         self._look_ahead = look_ahead
+        self._tiles = tiles
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        tracker = _Tracker(self._nets, self._choice)
+        tracker = _Tracker(self._nets, self._choice, self._tiles)
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
@@ -228,16 +236,17 @@ class Detect:
 class _Tracker:
     """Follows one face from picture to picture; the state of one stream."""
 
-    def __init__(self, nets: FaceNets, choice: FaceChoice) -> None:
+    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool) -> None:
         self._nets = nets
         self._choice = choice
+        self._tiles = tiles
         self._crop: Crop | None = None
         self._last: tuple[Picture, _Seen] | None = None
         self._thumbnail: F32 | None = None
         self._change = 1.0  # running mean of the thumbnails' difference
         self._shot = 0
         self._missed = 0
-        self._colour: F32 | None = None  # of the mouth's surroundings against the upper face, running mean
+        self._look = Appearance()
 
     def look(self, picture: Picture) -> _Seen:
         if self._last is not None and self._last[0] is picture:
@@ -245,7 +254,7 @@ class _Tracker:
         cut = self._is_cut(picture)
         if cut:
             self._shot += 1
-            self._crop, self._missed, self._colour = None, 0, None
+            self._crop, self._missed, self._look = None, 0, Appearance()
         face = self._find(picture)
         missing = FaceState.CUT if cut else FaceState.LOST
         state = self._judge(picture, face) if face is not None else missing
@@ -263,7 +272,8 @@ class _Tracker:
         self._missed += 1
         if self._missed % _RETRY != 1:
             return None
-        face = self._choice.pick(faces_in(picture, self._nets), picture.width_px, picture.height_px)
+        faces = faces_in(picture, self._nets, tiles=self._tiles)
+        face = self._choice.pick(faces, picture.width_px, picture.height_px)
         if face is not None:
             self._crop, self._missed = Crop.of_points(face.points_px), 0
         return face
@@ -282,26 +292,11 @@ class _Tracker:
         pose = fit_pose(face.points_px)
         if abs(pose.yaw_deg) > _MAX_YAW_DEG or abs(pose.pitch_deg) > _MAX_PITCH_DEG:
             return FaceState.PROFILE
-        colour = _colour_at(picture, face.points_px, _AROUND_MOUTH) - _colour_at(picture, face.points_px, _UPPER_FACE)
-        if self._colour is None:
-            self._colour = colour
-        elif float(np.abs(colour - self._colour).max()) > _OCCLUDED_LEVEL:
-            # Let the mean follow slowly, so that a lasting change of light is not an occlusion for ever.
-            self._colour += 0.01 * (colour - self._colour)
-            return FaceState.OCCLUDED
-        self._colour = self._colour + 0.05 * (colour - self._colour)
-        return FaceState.OK
+        covered = self._look.covered(colours(picture, face.points_px), pose)
+        return FaceState.OCCLUDED if covered else FaceState.OK
 
 
 def _near(face: Face, crop: Crop) -> bool:
     """Whether a face is still about where its crop was: a farther jump is another face."""
     dx, dy = face.points_px[:, :2].mean(axis=0) - (crop.x_px, crop.y_px)
     return float(np.hypot(dx, dy)) < 0.35 * crop.side_px
-
-
-def _colour_at(picture: Picture, points_px: F32, which: np.ndarray) -> F32:
-    """The median Y, U, V under some of the points, (3,); points outside of the picture count at its edge."""
-    x = np.clip(points_px[which, 0].astype(int), 0, picture.width_px - 1)
-    y = np.clip(points_px[which, 1].astype(int), 0, picture.height_px - 1)
-    planes = (picture.y[y, x], picture.u[y // 2, x // 2], picture.v[y // 2, x // 2])
-    return np.array([np.median(p) for p in planes], np.float32)

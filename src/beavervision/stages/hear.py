@@ -29,7 +29,7 @@ _PIECE_S = 1  # longest piece of sound worked on at once
 _VAD_SAMPLES = 512
 _VAD_CONTEXT = 64
 _VAD_STEP = Fraction(_VAD_SAMPLES, RATE_HZ)
-_VOICE_AHEAD = Fraction(12, 100)  # seconds: lips part before the sound is heard
+VOICE_AHEAD_MS = 120.0  # lips part before the sound is heard
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -339,15 +339,31 @@ class Hear:
         left_context_ms: how far before a clip its features begin.
         look_ahead_ms: how far beyond a clip they reach.
         voice: a Silero VAD v5 net.
+        voice_ahead_ms: how far beyond a picture, within the look-ahead, speech counts as its own.
     """
 
     name = "hear"
 
-    def __init__(self, front_end: str, left_context_ms: float, look_ahead_ms: float, voice: Net) -> None:
+    def __init__(
+        self,
+        front_end: str,
+        left_context_ms: float,
+        look_ahead_ms: float,
+        voice: Net,
+        voice_ahead_ms: float = VOICE_AHEAD_MS,
+    ) -> None:
         self._front_end = FRONT_ENDS[front_end]
         self._left = Fraction(left_context_ms) / 1000
         self._ahead = Fraction(look_ahead_ms) / 1000
         self._voice = voice
+        self._voice_ahead = min(self._ahead, Fraction(voice_ahead_ms) / 1000)
+
+    def reach(self, rate_hz: int) -> Fraction:
+        """How many seconds of sound beyond the end of a clip must be there before it is let go, at most."""
+        front_end = self._front_end
+        rows = self._ahead + front_end.hop + Fraction(front_end.after + 1, RATE_HZ)
+        taps = 0 if rate_hz == RATE_HZ else _filters(rate_hz).shape[1] // 2 + 1
+        return max(rows, self._voice_ahead + _VAD_STEP) + Fraction(taps, rate_hz)
 
     def __call__(
         self,
@@ -384,7 +400,7 @@ class Hear:
                 raise MediaError(
                     f"Sound to mix must share a format: {behind.format} is not {sound.format} (Hz, channels)."
                 )
-            ears = _Ears(self._front_end, self._left, self._voice, sound)
+            ears = _Ears(self._front_end, self._left, self._voice, self._voice_ahead, sound)
             for clip in clips:
                 ears.listen(clip.frames.stop / clip.frames.rate, self._ahead)
                 last = False
@@ -417,9 +433,10 @@ class Hear:
 class _Ears:
     """Features and voice of one stream, kept for as long as a clip may still ask for them."""
 
-    def __init__(self, front_end: FrontEnd, left: Fraction, voice: Net, sound: _Sound) -> None:
+    def __init__(self, front_end: FrontEnd, left: Fraction, voice: Net, voice_ahead: Fraction, sound: _Sound) -> None:
         self._front_end = front_end
         self._left = left
+        self._voice_ahead = voice_ahead
         self._sound = sound
         self._resampler = Resampler(sound.rate_hz)
         self._first_row = -ceil(left / front_end.hop)
@@ -433,7 +450,7 @@ class _Ears:
     def listen(self, end: Fraction, ahead: Fraction) -> None:
         """Read sound until the rows, and as far as they are asked for the voice, up to `ahead` seconds beyond `end` are there."""
         rows = ceil((end + ahead) / self._front_end.hop) + 1
-        voices = ceil((end + min(ahead, _VOICE_AHEAD)) / _VAD_STEP)
+        voices = ceil((end + self._voice_ahead) / _VAD_STEP)
         while self._first_row + len(self._rows) < rows or self._first_voice + len(self._voices) < voices:
             if self._over:
                 self._push(np.zeros(RATE_HZ // 10))
@@ -454,7 +471,7 @@ class _Ears:
             floor((end - self._left) / hop),
         )
         rows = self._rows[start - self._first_row : stop - self._first_row].copy()
-        reach = min(ahead, _VOICE_AHEAD)
+        reach = self._voice_ahead
         voice = np.array(
             [self._loudest(i / frames.rate, (i + 1) / frames.rate + reach) for i in range(frames.start, frames.stop)]
         )

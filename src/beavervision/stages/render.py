@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from beavervision.media import F32, Clip, Patch, Picture
+from beavervision.models.detail import MouthDetail
 
 _PACE = 0.15  # of the running means, for each picture: corrections must not flicker
 _MAX_SHIFT = 24.0  # 8-bit steps of colour
@@ -29,30 +30,44 @@ class _Match:
 
 
 class Render:
-    """The render stage. `match` corrects colour and sharpness at the seam; the running correction starts anew with each shot."""
+    """The render stage. `match` corrects colour and sharpness at the seam, `detail` that of drawn lips and what lies between
+    them; both run on over the pictures and start anew with each shot.
+    """
 
     name = "render"
 
-    def __init__(self, *, match: bool = True) -> None:
+    def __init__(self, *, match: bool = True, detail: bool = True) -> None:
         self._match = match
+        self._detail = detail
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
         running: _Match | None = None
+        mouth = MouthDetail()
         shot = -1
         for clip in clips:
             pictures = []
-            shots = clip.track.shot if clip.track is not None else (0,) * len(clip)
-            for picture, patches, now in zip(
-                clip.frames.pictures, clip.patches or ((),) * len(clip), shots, strict=True
+            nothing = (None,) * len(clip)
+            shots, faces = (
+                (clip.track.shot, clip.track.faces) if clip.track is not None else ((0,) * len(clip), nothing)
+            )
+            for picture, patches, now, face, drawn in zip(
+                clip.frames.pictures,
+                clip.patches or ((),) * len(clip),
+                shots,
+                faces,
+                clip.drawn or nothing,
+                strict=True,
             ):
                 if now != shot:
-                    running, shot = None, now
+                    running, mouth, shot = None, MouthDetail(), now
                 if self._match and patches:
                     found = _match_of(picture, patches[0])
                     if found is not None:
                         running = running.toward(found) if running is not None else found
                     if running is not None:
                         patches = tuple(_matched(patch, running) for patch in patches)
+                if self._detail and patches and face is not None and drawn is not None:
+                    patches = (mouth.matched(picture, patches[0], face.points_px, drawn), *patches[1:])
                 pictures.append(picture.painted(patches))
             yield replace(clip, frames=replace(clip.frames, pictures=tuple(pictures)), patches=())
 

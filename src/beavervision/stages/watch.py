@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,10 +13,36 @@ import cv2
 import numpy as np
 
 from beavervision.errors import OutputError, UsageError
-from beavervision.media import U8, Clip, FaceState, Picture, Region
+from beavervision.media import U8, Clip, FaceState, Picture, Region, sample_at
 
 _SHEET_TILES = 32
 _TILE_PX = 320
+_CURVE = 300  # values of a curve, or up to twice as many
+_SILENCE_DB = -100.0
+
+
+@dataclass(slots=True)
+class _Curve:
+    """A mean over time in bounded memory: stretches of `stride` pictures, which double when there are too many."""
+
+    stride: int = 1
+    _sums: list[float] = field(default_factory=list)
+    _counts: list[int] = field(default_factory=list)
+
+    def add(self, number: int, total: float, count: int) -> None:
+        """`total` is the sum of `count` values that belong to picture `number`."""
+        while number // self.stride >= 2 * _CURVE:
+            self._sums = [sum(self._sums[i : i + 2]) for i in range(0, len(self._sums), 2)]
+            self._counts = [sum(self._counts[i : i + 2]) for i in range(0, len(self._counts), 2)]
+            self.stride *= 2
+        missing = number // self.stride + 1 - len(self._sums)
+        self._sums += [0.0] * missing
+        self._counts += [0] * missing
+        self._sums[-1] += total
+        self._counts[-1] += count
+
+    def means(self) -> list[float]:
+        return [total / max(count, 1) for total, count in zip(self._sums, self._counts, strict=True)]
 
 
 @dataclass(slots=True)
@@ -32,6 +59,8 @@ class Watch:
     _tiles: list[tuple[int, U8]] = field(default_factory=list)
     _stride: int = 1
     _cuts: int = 0
+    _opened: _Curve = field(default_factory=_Curve)
+    _power: _Curve = field(default_factory=_Curve)
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
         region: Region | None = None
@@ -53,8 +82,20 @@ class Watch:
                     self._keep(number, picture, region)
             if clip.opening is not None:
                 self._opening += [float(v) for v in clip.opening]
+            self._note_curves(clip)
             self._cuts = track.shot[-1]
             yield clip
+
+    def _note_curves(self, clip: Clip) -> None:
+        first, audio = clip.frames.start, clip.audio
+        for offset in range(len(clip)):
+            self._opened.add(first + offset, 0.0 if clip.opening is None else float(clip.opening[offset]), 1)
+            if audio is None:
+                self._power.add(first + offset, 0.0, 0)
+                continue
+            a, b = (sample_at(first + n, clip.frames.rate, audio.rate_hz) - audio.start for n in (offset, offset + 1))
+            heard = audio.pcm[:, a:b]
+            self._power.add(first + offset, float(np.vdot(heard, heard)), heard.size)
 
     def _keep(self, number: int, picture: Picture, region: Region | None) -> None:
         rgb = picture.rgb(region)
@@ -82,6 +123,13 @@ class Watch:
             "mouth_opening": {
                 "median": round(float(np.median(opening)), 4),
                 "p95": round(float(np.quantile(opening, 0.95)), 4),
+            },
+            "series": {
+                "step_s": round(float(self._opened.stride / self.rate), 6),
+                "opening": [round(value, 3) for value in self._opened.means()],
+                "loudness_db": [
+                    round(max(10 * math.log10(power + 1e-12), _SILENCE_DB), 1) for power in self._power.means()
+                ],
             },
         }
 

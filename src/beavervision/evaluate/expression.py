@@ -1,0 +1,362 @@
+"""Does the face express what is asked for, and does it still speak? Measured on real clips, each face found again in the result.
+
+- *Controls*: on one quiet picture of each person a control is asked for at 0.5. Its group's blendshapes must rise, those of the other groups
+  stay (:data:`GROUPS`; medians over the people), and a control of 0 must give the very same picture. The gaze is no group: a net that
+  sees a lid come down cannot tell it from a look down.
+- *Speech*: a talking clip is drawn with each preset at 0.6. The opening of the lips over time is held against that of the clip as it was, and so
+  are its closures: the times at which the gap is below 15 % of the clip's open range.
+- *Flicker* of what the presets move, against the same pixels of the source; and whether anything beyond the face and its margin changed.
+- *Cost*: CPU time of one picture, at a face of 400 pixels, one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from beavervision.errors import BeaverVisionError, InputError, UsageError
+from beavervision.evaluate.follow import TalkerRow, talker_rows
+from beavervision.evaluate.scores import flicker, pearson
+from beavervision.expression.controls import PRESETS, look_of
+from beavervision.media import BLENDSHAPES, F32, Face, FaceState, Picture, Region
+from beavervision.models import mesh
+from beavervision.models.expression import load_basis
+from beavervision.models.face import Crop, FaceNets, blendshape_names
+from beavervision.stages.decode import Decode
+from beavervision.stages.detect import Detect
+from beavervision.stages.express import STILL, expressed
+
+# The blendshapes of one movement, by what ends on them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "smile": ("mouthSmile",),
+    "frown": ("mouthFrown",),
+    "brow raise": ("browInnerUp", "browOuterUp"),
+    "brow down": ("browDown",),
+    "blink": ("eyeBlink",),
+    "eye wide": ("eyeWide",),
+    "squint": ("eyeSquint",),
+    "jaw": ("jawOpen",),
+    "pucker": ("mouthPucker", "mouthFunnel"),
+    "nose and cheeks": ("noseSneer", "cheekSquint", "cheekPuff"),
+}
+ASKED = ("smile", "brow raise", "eye wide", "blink", "frown")
+AT, PRESET_AT = 0.5, 0.6
+WITH_HEAD = {"headYaw": 0.25, "headPitch": 0.2}  # for the cost
+_FACE_PX = 400
+_LOOKED_AT = 24  # pictures, of which the quietest is taken
+_LEAST_FACE_PX = 120
+_TALKING = 75  # pictures of a clip with presets
+_CLOSED_SHARE, _OPEN_QUANTILE = 0.15, 0.95
+_BEYOND = 0.75  # face widths around the face beyond which nothing may change
+_RUNS = 12
+
+Told = Callable[[int, int, str], None]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """What asking for one group at 0.5 did, medians over the people: its own rise, and the moves of the other groups.
+
+    gaze is the largest move of a look. reached counts the people on whom it rose by 0.2 or more.
+    """
+
+    rise: float
+    others: dict[str, float]
+    gaze: float
+    reached: int
+
+    @property
+    def most_other(self) -> float:
+        return max(abs(value) for value in self.others.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """A preset on talking clips, medians: correlation of the opening with the clip's own, and the share of its closures kept.
+
+    closed counts the pictures with closed lips; flicker is the ratio to the source's.
+    """
+
+    opening_r: float
+    closures_kept: float
+    closed: int
+    flicker: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpressionReport:
+    """As the module describes. same: a control of 0 gave the same picture for all; outside: the share of the pixels
+    beyond the face that changed; ms: CPU time by what was asked for."""
+
+    people: tuple[str, ...]
+    rises: dict[str, Rise]
+    same: bool
+    speech: dict[str, Speech]
+    outside: float
+    ms: dict[str, float]
+    left_out: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        plain: dict[str, Any] = _rounded(asdict(self))
+        return plain
+
+
+def evaluate_expression(
+    folder: Path, split: str = "validate", *, people: int = 12, talking: int = 4, on_progress: Told | None = None
+) -> ExpressionReport:
+    """Measure the expression stage on the clips of a folder of talkers with its index.
+
+    Args:
+        people: how many to ask for controls.
+        talking: how many of them to give the presets while they talk.
+
+    Raises:
+        InputError, UsageError: the index cannot be used, or shows too few faces.
+    """
+    if people < 1 or talking < 1:
+        raise UsageError("Ask for at least one of people and talking.")
+    nets = FaceNets()
+    faces: dict[str, tuple[Picture, Face]] = {}
+    left_out: dict[str, str] = {}
+    rows = talker_rows(folder, split)
+    for row in _one_each(rows, people):
+        if len(faces) >= people:
+            break
+        try:
+            found = quiet_face(folder / row.file, nets)
+        except BeaverVisionError as error:
+            left_out[row.file] = str(error)
+            continue
+        if found is None:
+            left_out[row.file] = "no frontal face of 120 pixels or more"
+            continue
+        faces[row.file] = found
+        _told(on_progress, len(faces), people + talking, row.file)
+    if not faces:
+        raise InputError(f"{folder}: no clip of the split {split!r} shows a frontal face of {_LEAST_FACE_PX} pixels.")
+    seen = list(faces.values())
+    rises = {name: _rise(name, seen, nets) for name in ASKED}
+    basis = load_basis()
+    none = np.zeros(BLENDSHAPES, np.float32)
+    same = all(expressed(picture, face.points_px, none, STILL, basis) is picture for picture, face in seen)
+    of: dict[str, list[_Spoken]] = {}
+    for i, file in enumerate(islice(faces, talking)):
+        _told(on_progress, people + i + 1, people + talking, file)
+        for name, spoken in _talk(folder / file, nets):
+            of.setdefault(name, []).append(spoken)
+    speech = {name: _summed(all_spoken) for name, all_spoken in of.items()}
+    outside = max((s.outside for all_spoken in of.values() for s in all_spoken), default=0.0)
+    return ExpressionReport(tuple(faces), rises, same, speech, outside, cost(*seen[0]), left_out)
+
+
+def quiet_face(path: Path, nets: FaceNets) -> tuple[Picture, Face] | None:
+    """Of the first pictures of a clip the one whose face is most like their median; None without a frontal face."""
+    seen: list[tuple[Picture, Face]] = []
+    for clip in islice(Detect(nets)(Decode(extend="none")(path)), -(-_LOOKED_AT // 8)):
+        assert clip.track is not None
+        for picture, face, state in zip(clip.frames.pictures, clip.track.faces, clip.track.states, strict=True):
+            if face is not None and state is FaceState.OK and abs(mesh.fit_pose(face.points_px).yaw_deg) < 20:
+                seen.append((picture, face))
+    if not seen or np.ptp(seen[0][1].points_px[:, 0]) < _LEAST_FACE_PX:
+        return None
+    shapes = np.array([face.blendshapes for _, face in seen])
+    return seen[int(np.argmin(np.abs(shapes - np.median(shapes, axis=0)).sum(axis=1)))]
+
+
+def members(group: str) -> list[int]:
+    """The indices of a group's blendshapes."""
+    kinds = GROUPS[group]
+    return [i for i, name in enumerate(blendshape_names()) if name.removesuffix("Left").removesuffix("Right") in kinds]
+
+
+def _rise(group: str, seen: Sequence[tuple[Picture, Face]], nets: FaceNets) -> Rise:
+    controls = np.zeros(BLENDSHAPES, np.float32)
+    controls[members(group)] = AT
+    moves = []
+    for picture, face in seen:
+        crop = Crop.of_points(face.points_px)
+        made = expressed(picture, face.points_px, controls, STILL, load_basis())
+        before, after = (nets.face(p, crop, settle=1) for p in (picture, made))
+        if before is not None and after is not None:
+            moves.append(after.blendshapes - before.blendshapes)
+    all_moves = np.array(moves, np.float32).reshape(-1, BLENDSHAPES)
+    of_group = {name: all_moves[:, members(name)].mean(axis=1) for name in GROUPS}
+    looks = [i for i, name in enumerate(blendshape_names()) if name.startswith("eyeLook")]
+    own = of_group.pop(group)
+    return Rise(
+        rise=float(np.median(own)),
+        others={name: float(np.median(values)) for name, values in of_group.items()},
+        gaze=float(np.abs(np.median(all_moves[:, looks], axis=0)).max()),
+        reached=int((own >= 0.2).sum()),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spoken:
+    gap: F32  # (t,), of the source
+    made: F32
+    flicker: float
+    outside: float
+
+
+def _talk(path: Path, nets: FaceNets) -> Iterator[tuple[str, _Spoken]]:
+    """Each preset on the first pictures of a clip."""
+    pictures: list[Picture] = []
+    faces: list[Face] = []
+    for clip in islice(Detect(nets)(Decode(extend="none")(path)), -(-_TALKING // 8)):
+        assert clip.track is not None
+        for picture, face, state in zip(clip.frames.pictures, clip.track.faces, clip.track.states, strict=True):
+            if face is not None and state is FaceState.OK:
+                pictures.append(picture)
+                faces.append(face)
+    gap = np.array([_gap(picture, face, nets) for picture, face in zip(pictures, faces, strict=True)], np.float32)
+    for name in PRESETS:
+        look = look_of({name: PRESET_AT})
+        if not look.any():
+            continue
+        head = STILL + look[BLENDSHAPES:]
+        made = [
+            expressed(picture, face.points_px, look[:BLENDSHAPES], head, load_basis())
+            for picture, face in zip(pictures, faces, strict=True)
+        ]
+        opening = np.array([_gap(picture, face, nets) for picture, face in zip(made, faces, strict=True)], np.float32)
+        yield name, _Spoken(gap, opening, _flicker_ratio(pictures, made), _changed(pictures, made, faces))
+
+
+def _gap(picture: Picture, face: Face, nets: FaceNets) -> float:
+    """The lips' gap of the face near `face`, pose-free; NaN if it is not found."""
+    found = nets.face(picture, Crop.of_points(face.points_px))
+    if found is None:
+        return float("nan")
+    points = mesh.fit_pose(found.points_px).to_face(found.points_px)
+    return float((points[mesh.INNER_LOWER[2:7], 1] - points[mesh.INNER_UPPER[2:7], 1]).mean())
+
+
+def _summed(spoken: Sequence[_Spoken]) -> Speech:
+    closed, kept = 0, 0
+    correlations = []
+    for one in spoken:
+        correlations.append(pearson(one.made, one.gap))
+        was, now = (v < _CLOSED_SHARE * np.nanquantile(v, _OPEN_QUANTILE) for v in (one.gap, one.made))
+        closed += int(was.sum())
+        kept += int((was & now).sum())
+    return Speech(
+        opening_r=float(np.nanmedian(correlations)),
+        closures_kept=kept / closed if closed else 1.0,
+        closed=closed,
+        flicker=float(np.nanmedian([one.flicker for one in spoken])),
+    )
+
+
+def _flicker_ratio(pictures: Sequence[Picture], made: Sequence[Picture]) -> float:
+    """Of the pixels that differ in all pictures of a few, made to source."""
+    few = slice(0, 16)
+    old, new = (np.stack([p.y for p in all_pictures[few]]) for all_pictures in (pictures, made))
+    moved = (old != new).any(axis=0)
+    moved = cv2.erode(cv2.morphologyEx(moved.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((7, 7), np.uint8)), None) > 0
+    source = flicker(old, moved) if moved.any() and len(old) > 2 else 0.0
+    return flicker(new, moved) / source if source > 0 else float("nan")
+
+
+def _changed(pictures: Sequence[Picture], made: Sequence[Picture], faces: Sequence[Face]) -> float:
+    """The share of pixels beyond the faces that differ."""
+    changed, all_pixels = 0, 0
+    for old, new, face in zip(pictures, made, faces, strict=True):
+        width = float(np.ptp(face.points_px[:, 0]))
+        region = Region.around(face.points_px, _BEYOND * width, old.width_px, old.height_px)
+        for a, b, half in ((old.y, new.y, 1), (old.u, new.u, 2), (old.v, new.v, 2)):
+            differs = a != b
+            if region is not None:
+                rows = slice(region.y_px // half, (region.y_px + region.height_px) // half)
+                differs[rows, region.x_px // half : (region.x_px + region.width_px) // half] = False
+            changed += int(differs.sum())
+            all_pixels += differs.size
+    return changed / all_pixels if all_pixels else 0.0
+
+
+def cost(picture: Picture, face: Face) -> dict[str, float]:
+    """CPU milliseconds for the face brought to 400 pixels, the least of some runs: by preset, and with nothing asked for."""
+    zoom = _FACE_PX / float(np.ptp(face.points_px[:, 0]))
+    size = (round(picture.width_px * zoom / 2) * 2, round(picture.height_px * zoom / 2) * 2)
+    half = (size[0] // 2, size[1] // 2)
+    planes = [cv2.resize(p, s) for p, s in ((picture.y, size), (picture.u, half), (picture.v, half))]
+    large = Picture(*(np.asarray(p, np.uint8) for p in planes), picture.color)
+    points = face.points_px * np.float32(zoom)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        asked = {name: {name: PRESET_AT} for name in PRESETS} | {"happy, head": {"happy": PRESET_AT, **WITH_HEAD}}
+        return {name: _ms(large, points, look_of(look)) for name, look in asked.items()}
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _ms(picture: Picture, points: F32, look: F32) -> float:
+    basis = load_basis()
+    took = []
+    for _ in range(_RUNS):
+        start = time.thread_time()
+        expressed(picture, points, look[:BLENDSHAPES], STILL + look[BLENDSHAPES:], basis)
+        took.append(time.thread_time() - start)
+    return min(took) * 1000
+
+
+def format_table(report: ExpressionReport) -> RenderableType:
+    """The report for a terminal."""
+    rises = Table(title=f"asked for at {AT:g} on {len(report.people)} faces")
+    for heading in ("what", "rises by", "0.2 reached", "most of the others", "gaze"):
+        rises.add_column(heading, justify="left" if heading == "what" else "right")
+    for name, rise in report.rises.items():
+        other = max(rise.others, key=lambda n: abs(rise.others[n]))
+        rises.add_row(
+            name,
+            f"{rise.rise:+.2f}",
+            f"{rise.reached} of {len(report.people)}",
+            f"{rise.others[other]:+.2f} {other}",
+            f"{rise.gaze:.2f}",
+        )
+    speech = Table(title=f"presets at {PRESET_AT:g}")
+    for heading in ("preset", "opening kept, r", "closures kept", "flicker", "CPU ms"):
+        speech.add_column(heading, justify="left" if heading == "preset" else "right")
+    for name, ms in report.ms.items():
+        said = report.speech.get(name)
+        figures = ("-",) * 3 if said is None else (f"{said.opening_r:.3f}", f"{said.closures_kept:.0%}", f"{said.flicker:.2f}")
+        speech.add_row(name, *figures, f"{ms:.1f}")
+    return Group(
+        rises,
+        speech,
+        Text(f"Nothing asked for leaves the picture the same: {'yes' if report.same else 'NO'}."),
+        Text(f"Pixels beyond the face that changed: {report.outside:.4%}."),
+        *(Text(f"left out: {file} ({reason})") for file, reason in report.left_out.items()),
+    )
+
+
+def _one_each(rows: Sequence[TalkerRow], count: int) -> list[TalkerRow]:
+    """One clip of each person (files are named PERSON_NUMBER), in an order whose first `count` are spread over the index."""
+    people = list({Path(row.file).stem.rpartition("_")[0]: row for row in reversed(rows)}.values())[::-1]
+    step = max(1, len(people) // count)
+    return [row for start in range(step) for row in people[start::step]]
+
+
+def _told(on_progress: Told | None, done: int, total: int, file: str) -> None:
+    if on_progress is not None:
+        on_progress(done, total, file)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value

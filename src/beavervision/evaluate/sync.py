@@ -1,0 +1,149 @@
+"""Do sound and lips agree, and at which offset? The project's own scorer, for videos without a truth to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from beavervision.errors import InputError
+from beavervision.media import F32
+from beavervision.models.basis import MotionBasis
+from beavervision.models.cards import SYNC_SCORER, load_data
+from beavervision.models.face import FaceNets
+from beavervision.models.mesh import INNER_LOWER, INNER_UPPER, fit_pose
+from beavervision.models.runtime import OnnxNet
+from beavervision.stages.decode import Decode, SourceInfo, probe, read_audio
+from beavervision.stages.detect import Detect
+from beavervision.stages.hear import LOG_MEL
+
+STEP_S = 0.02
+STEPS, REACH = 150, 30  # of a window, and to either side
+_HOP = 25  # steps between windows
+_ROWS = 2 * (STEPS + 2 * REACH)
+_SPEECH_HZ = 16_000
+_SEEN = 0.8  # of a window's pictures must show the face
+_GAP_STD = 0.07  # of an average speaker's inner lips, in eye distances
+_AMPLITUDES = (0.5, 2.0)
+_REST_SHARE = 0.15
+_RMS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SyncWindow:
+    """Three seconds from `start_s` on; offset_ms is positive where the lips are late."""
+
+    start_s: float
+    offset_ms: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """offset_ms and confidence are those of the scores' mean over all windows.
+
+    confidence is the best score less the median one over all offsets; agreement is the score at offset 0 less the same.
+    """
+
+    offset_ms: float
+    confidence: float
+    agreement: float
+    windows: tuple[SyncWindow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+class SyncJudge:
+    """The scorer, loaded."""
+
+    def __init__(self) -> None:
+        """Raises ModelError where a shipped file is damaged."""
+        self._net = OnnxNet(load_data(SYNC_SCORER.files[0]), name=SYNC_SCORER.name)
+        self._basis = MotionBasis.parse(load_data("beaver_basis.npz"))
+
+    def judge(self, video: Path | str) -> SyncReport:
+        """The agreement of sound and lips in a video of one speaker, up to ±0.6 s.
+
+        Raises:
+            InputError: it has no sound, or no three seconds in which a face is seen and sound surrounds it.
+            MediaError: it cannot be read.
+        """
+        info = probe(video)
+        times_s, points = _lips(info)
+        if len(times_s) < 15:
+            raise InputError(f"{video}: a face is seen too seldom to judge its lips.")
+        lips = self._motion(points)
+        rows = LOG_MEL.rows(_sound(Path(video)))
+        steps = np.arange(len(rows) // 2) * STEP_S
+        values = np.stack([np.interp(steps, times_s, column) for column in lips.T], axis=1).astype(np.float32)
+        after = np.clip(np.searchsorted(times_s, steps), 1, len(times_s) - 1)
+        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 / float(info.rate)
+        scores, starts = [], []
+        for first in range(REACH, len(values) - STEPS - REACH + 1, _HOP):
+            if seen[first : first + STEPS].mean() < _SEEN:
+                continue
+            around = rows[2 * (first - REACH) :][:_ROWS]
+            (out,) = self._net(around[None], values[None, first : first + STEPS])
+            scores.append(np.asarray(out[0], np.float32))
+            starts.append(first * STEP_S)
+        if not scores:
+            needed = (STEPS + 2 * REACH) * STEP_S
+            raise InputError(f"{video}: there are no {needed:g} seconds of one face and sound. Give a longer video.")
+        offset_ms, confidence = _peak(mean := np.mean(scores, axis=0))
+        return SyncReport(
+            offset_ms,
+            confidence,
+            round(float(mean[REACH] - np.median(mean)), 4),
+            tuple(SyncWindow(round(s, 3), *_peak(score)) for s, score in zip(starts, scores, strict=True)),
+        )
+
+    def _motion(self, points: F32) -> F32:
+        """Coefficients (t, k) against the person's own resting mouth, in units of an average speaker's motion."""
+        gap = (points[:, INNER_LOWER[2:7], 1] - points[:, INNER_UPPER[2:7], 1]).mean(axis=1)
+        rest = points[gap <= np.quantile(gap, _REST_SHARE)].mean(axis=0)
+        amplitude = float(np.clip(gap.std() / _GAP_STD, *_AMPLITUDES))
+        return self._basis.coefficients((points - rest)[:, self._basis.points]) / np.float32(amplitude)
+
+
+def _lips(info: SourceInfo) -> tuple[F32, F32]:
+    """When a face is seen (t,), and its points (t, 478, 3) in the pose-free frame."""
+    times, points = [], []
+    for clip in Detect(FaceNets())(Decode(extend="none")(info)):
+        assert clip.track is not None
+        for i, face in enumerate(clip.track.faces):
+            if face is not None:
+                times.append((clip.frames.start + i) / float(info.rate))
+                points.append(fit_pose(face.points_px).to_face(face.points_px))
+    return np.array(times, np.float32), np.array(points, np.float32)
+
+
+def _sound(video: Path) -> F32:
+    blocks = [block.pcm.mean(axis=0) for block in read_audio(video, _SPEECH_HZ)]
+    pcm = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    level = float(np.sqrt(np.mean(pcm**2))) if pcm.size else 0.0
+    return np.asarray(pcm * (_RMS / max(level, 1e-4)), np.float32)
+
+
+def _peak(scores: F32) -> tuple[float, float]:
+    """The best offset in ms, positive where the lips are late, and how far it stands out."""
+    best = int(np.argmax(scores))
+    # A step o of sound after the lips' own fits them best: they come early by that much.
+    return round((REACH - best) * STEP_S * 1e3, 1), round(float(scores[best] - np.median(scores)), 4)
+
+
+def format_table(report: SyncReport) -> RenderableType:
+    """The report for a terminal."""
+    table = Table()
+    for name in ("from s", "lips late ms", "confidence"):
+        table.add_column(name, justify="right")
+    for window in report.windows:
+        table.add_row(f"{window.start_s:.1f}", f"{window.offset_ms:+.0f}", f"{window.confidence:.2f}")
+    table.add_section()
+    table.add_row("all", f"{report.offset_ms:+.0f}", f"{report.confidence:.2f}", style="bold")
+    return Group(table, f"agreement as it is: {report.agreement:.2f}")

@@ -1,0 +1,179 @@
+"""Avatars: a face uploaded once, looked at once, used by many jobs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the service needs the extra serve")
+
+from beavervision.media import BLENDSHAPES, POINTS, Face, Reference, Region
+from beavervision.serve.avatars import Avatars
+from beavervision.serve.jobs import NewJob, new_id
+from beavervision.serve.place import Place
+from beavervision.serve.supervisor import Supervisor
+from beavervision.serve.surveys import load_survey, save_survey
+from beavervision.settings import Settings
+from beavervision.stages.detect import FaceChoice, Survey
+from tests.test_serve import Server, face, multipart, started, until
+
+__all__ = ["face"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("BEAVERVISION_")]:
+            patch.delenv(name)
+        made = started(tmp_path_factory.mktemp("serve"), serve_max_avatars="2", serve_mark="1")
+    yield made
+    made.kill()
+
+
+def upload(server: Server, fields: dict[str, bytes | str], **headers: str) -> Any:
+    body, kind = multipart(fields)
+    return server.call("POST", "/api/v1/avatars", body, content_type=kind, **headers)
+
+
+def test_an_avatar_is_looked_at_once_and_used_by_jobs(server: Server, face: bytes) -> None:
+    made = upload(server, {"video": face, "name": "Eileen", "face": "left", "consent": "true"})
+    assert made.status == 201, made
+    avatar = made.json
+    assert made.headers["location"] == avatar["links"]["self"] == f"/api/v1/avatars/{avatar['id']}"
+    assert (avatar["state"], avatar["name"], avatar["kind"], avatar["people"]) == ("ready", "Eileen", "still", 1)
+    assert (avatar["width_px"], avatar["height_px"]) == (256, 256)
+    assert [a["id"] for a in server.get("/api/v1/avatars")] == [avatar["id"]]
+    picture = server.call("GET", avatar["links"]["picture"])
+    assert Image.open(io.BytesIO(picture.body)).size == (256, 256)
+
+    survey = server.folder / "files" / f"avatar-{avatar['id']}" / "out" / "survey.npz"
+    read_before = survey.stat().st_atime_ns, survey.stat().st_mtime_ns
+    job = server.lipsync({"avatar": avatar["id"], "text": "Hi."})  # the consent came with the avatar
+    assert (job.status, job.json["state"], job.json["kind"]) == (200, "succeeded", "lipsync"), job
+    assert server.call("GET", job.json["links"]["result"]).status == 200
+    assert survey.stat().st_mtime_ns == read_before[1]
+    looked = [j for j in server.get("/api/v1/jobs")["jobs"] if j["kind"] == "avatar"]
+    assert [(j["state"], j["video_url"], "result" in j["links"]) for j in looked] == [("succeeded", None, False)]
+    assert server.call("GET", f"/api/v1/jobs/{looked[0]['id']}/result").json["code"] == "no_result"
+
+    cases: list[tuple[dict[str, bytes | str], int, str]] = [
+        ({"avatar": avatar["id"], "video": face, "text": "Hi."}, 422, "usage"),
+        ({"avatar": "0" * 24, "text": "Hi."}, 404, "no_avatar"),
+        ({"avatar": "../x", "text": "Hi."}, 404, "no_avatar"),
+        ({"avatar": avatar["id"], "text": "Hi.", "settings": '{"face": "left"}'}, 422, "usage"),
+        ({"avatar": avatar["id"], "audio": b"x"}, 422, "consent"),  # the voice's is still to be given
+    ]
+    for fields, status, code in cases:
+        answer = server.lipsync(fields)
+        assert (answer.status, answer.json["code"]) == (status, code), answer
+
+    assert server.call("DELETE", f"/api/v1/avatars/{avatar['id']}").status == 204
+    assert server.call("GET", avatar["links"]["picture"]).json["code"] == "no_avatar"
+    assert not survey.parent.parent.exists()
+    events = [json.loads(line) for line in (server.folder / "audit.jsonl").read_text().splitlines()]
+    mine = [e for e in events if e.get("avatar") == avatar["id"]]
+    assert [e["event"] for e in mine] == ["avatar", "avatar_deleted"]
+    assert mine[0]["consent"] is True
+
+
+def test_what_cannot_be_an_avatar_is_refused_and_leaves_nothing(server: Server, face: bytes) -> None:
+    gray = io.BytesIO()
+    Image.new("RGB", (128, 128), (90, 90, 90)).save(gray, "PNG")
+    cases: list[tuple[dict[str, bytes | str], int, str]] = [
+        ({"video": face}, 422, "consent"),
+        ({"consent": "true"}, 422, "usage"),
+        ({"video": face, "consent": "true", "name": "x" * 101}, 422, "invalid"),
+        ({"video": face, "consent": "true", "face": "nobody"}, 422, "invalid"),
+        ({"video": face, "consent": "true", "text": "Hi."}, 422, "unknown_field"),
+        ({"video": face, "consent": "true", "audio": b"x"}, 422, "unknown_field"),
+        ({"video": b"no video", "consent": "true"}, 422, "media"),
+        ({"video": gray.getvalue(), "consent": "true"}, 422, "no_face"),
+        ({"video": face, "consent": "true", "face": "7"}, 422, "no_face"),
+    ]
+    for fields, status, code in cases:
+        answer = upload(server, fields)
+        assert (answer.status, answer.json["code"]) == (status, code), answer
+        assert "--" not in answer.json["detail"]
+    assert server.get("/api/v1/avatars") == []
+    until(lambda: not list((server.folder / "files").glob("avatar-*")))
+
+
+def test_only_so_many_and_deleting_one_on_the_way(server: Server, face: bytes) -> None:
+    ids = [upload(server, {"video": face, "consent": "true"}, prefer="respond-async").json["id"] for _ in range(2)]
+    full = upload(server, {"video": face, "consent": "true"})
+    assert (full.status, full.json["code"]) == (409, "avatars")
+    early = server.lipsync({"avatar": ids[1], "text": "Hi."})
+    assert (early.status, early.json.get("code")) in ((409, "avatar_not_ready"), (200, None))
+    for avatar_id in ids:
+        assert server.call("DELETE", f"/api/v1/avatars/{avatar_id}").status == 204
+    until(lambda: not list((server.folder / "files").glob("avatar-*")))
+    assert server.get("/api/v1/avatars") == []
+
+
+def a_survey() -> Survey:
+    rng = np.random.default_rng(1)
+    references = tuple(
+        Reference(
+            Region(2 * n, 4, 32, 20 + 2 * n),
+            rng.integers(0, 256, (20 + 2 * n, 32, 3), dtype=np.uint8),
+            Face(rng.normal(size=(POINTS, 3)).astype(np.float32), rng.random(BLENDSHAPES, np.float32), 0.7 + n / 10),
+        )
+        for n in range(3)
+    )
+    return Survey(FaceChoice(place=(0.25, 0.5)), references, 4)
+
+
+def test_a_survey_comes_back_as_it_was(tmp_path: Path) -> None:
+    there = a_survey()
+    save_survey(there, tmp_path / "a.npz")
+    back = load_survey(tmp_path / "a.npz")
+    assert (back.choice, back.faces_seen, len(back.references)) == (there.choice, 4, 3)
+    for one, other in zip(there.references, back.references, strict=True):
+        assert one.region == other.region
+        assert one.face.confidence == other.face.confidence
+        np.testing.assert_array_equal(one.rgb, other.rgb)
+        np.testing.assert_array_equal(one.face.points_px, other.face.points_px)
+        np.testing.assert_array_equal(one.face.blendshapes, other.face.blendshapes)
+    whole = (tmp_path / "a.npz").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"PK" + bytes(100)):
+        (tmp_path / "b.npz").write_bytes(damaged)
+        with pytest.raises(FileNotFoundError):
+            load_survey(tmp_path / "b.npz")
+
+
+def test_avatars_that_nobody_looked_at_are_swept_away_and_ready_ones_stay(tmp_path: Path) -> None:
+    settings = Settings(serve_folder=tmp_path)
+    place = Place.open(settings)
+
+    def new(job: bool, ready: bool) -> str:
+        avatar_id, job_id = new_id(), new_id()
+        for name in ("video", "survey", "picture"):
+            (tmp_path / name).write_text("x")
+        place.avatars.add(avatar_id, "me", "a", job_id, tmp_path / "video")
+        if job:
+            place.table.add(NewJob(job_id, "me", {"kind": "avatar"}, "f"), 10)
+        if ready:
+            assert place.avatars.ready(avatar_id, tmp_path / "survey", tmp_path / "picture", {"kind": "still"})
+        os.utime(tmp_path / "files" / f"avatar-{avatar_id}", (0, 0))
+        return avatar_id
+
+    waiting, ready, lost = new(True, False), new(False, True), new(False, False)
+    Supervisor(settings, place).sweep()
+    assert {row.id for row in place.avatars.list("me")} == {waiting, ready}
+    groups = {name for name, _ in place.storage.groups()}
+    assert {Avatars.id_of(group) for group in groups} == {waiting, ready}
+    assert lost not in {Avatars.id_of(group) for group in groups}
+    place.avatars.remove(ready)
+    (tmp_path / "survey").write_text("x")
+    (tmp_path / "picture").write_text("x")
+    assert not place.avatars.ready(ready, tmp_path / "survey", tmp_path / "picture", {})  # removed on the way
+    assert {Avatars.id_of(name) for name, _ in place.storage.groups()} == {waiting}
+    place.table.close()
