@@ -134,6 +134,7 @@ def lipsync(
     keep_audio: Annotated[
         float, typer.Option(help="How loud to mix in the source's own sound: a level from 0 to 1.")
     ] = 0.0,
+    mark: Annotated[bool, typer.Option("--mark", help="Say in a corner of the pictures that they are synthetic.")] = False,
     expression: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +200,7 @@ def lipsync(
             fit=fit,  # type: ignore[arg-type]  # checked there
             face=face,
             keep_audio=keep_audio,
+            mark=mark,
             expression=expression,
             expression_track=expression_track,
             style=style,
@@ -618,6 +620,26 @@ def evaluate_lse(
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
+@evaluate_app.command("expression")
+def evaluate_expression(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    people: Annotated[int, typer.Option(help="So many people, spread over the index.")] = 12,
+    talking: Annotated[int, typer.Option(help="So many of them talk with each preset.")] = 4,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask faces for expressions, and look whether they show, keep the speech, and stay steady."""
+    from beavervision.evaluate.expression import evaluate_expression as measure
+    from beavervision.evaluate.expression import format_table
+
+    def told(done: int, total: int, file: str) -> None:
+        print(f"{done} of {total}; now {file}", file=sys.stderr, flush=True)
+
+    measured = measure(folder, split, people=people, talking=talking, on_progress=None if quiet else told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
 @evaluate_app.command("compare")
 def evaluate_compare(
     result: Annotated[Path, typer.Argument(metavar="RESULT", help="The video made.")],
@@ -632,6 +654,54 @@ def evaluate_compare(
         measured = compare(result, truth, on_progress=told)
     score = quality(measured)
     _show(as_json, {**measured.as_dict(), "quality": score.as_dict()}, format_table(measured, score))
+
+
+@evaluate_app.command("live")
+def evaluate_live(
+    face: Annotated[Path | None, typer.Argument(help="A video or picture; by default the sample portrait.")] = None,
+    fps: Annotated[int, typer.Option(help="Pictures a second.")] = 25,
+    size: Annotated[int, typer.Option(help="The longer side of the pictures.")] = 512,
+    times: Annotated[int, typer.Option(help="How often something is said.")] = 20,
+    interruptions: Annotated[int, typer.Option(help="How often it is interrupted.")] = 50,
+    loads: Annotated[str, typer.Option(help="Sessions at once and their pictures a second, as 1x25,2x25,4x15.")] = "",
+    seconds: Annotated[float, typer.Option(help="How long each of these goes on.")] = 20,
+    minutes: Annotated[float, typer.Option(help="Of a long run of one session.")] = 0,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure live sessions: delays, barge-in, sessions at once, a long run. Needs the extra live."""
+    from beavervision.evaluate.samples import portrait
+
+    try:
+        from beavervision.serve.live.bench import measure
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("beavervision"):
+            raise
+        raise UsageError(
+            f"Live sessions need {error.name}, which is not installed: pip install 'beavervision[live]'."
+        ) from error
+    pairs = [part.strip().partition("x") for part in loads.split(",") if part.strip()]
+    if not all(count.isdecimal() and rate.isdecimal() for count, _, rate in pairs):
+        raise UsageError(f"--loads {loads}: write sessions x pictures a second, such as 1x25,2x25.")
+
+    def told(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    with nullcontext(face) if face is not None else portrait() as path:
+        report = measure(
+            path,
+            Settings.load(),
+            fps=fps,
+            size_px=size,
+            times=times,
+            interruptions=interruptions,
+            sessions=tuple((int(count), int(rate)) for count, _, rate in pairs),
+            seconds=seconds,
+            minutes=minutes,
+            on_progress=told,
+        )
+    _show(as_json, report.as_dict(), report.lines())
 
 
 @app.command()
