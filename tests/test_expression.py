@@ -40,7 +40,8 @@ from beavervision.models.cards import SILERO_VAD, load_data
 from beavervision.models.face import blendshape_names
 from beavervision.models.mesh import INNER_LOWER, canonical
 from beavervision.models.runtime import OnnxNet
-from beavervision.speech import Speaker, SpeechChunk
+from beavervision.pipeline import _unmarked
+from beavervision.speech import Cue, Speaker, SpeechChunk
 from beavervision.stages.hear import Hear
 from tests.media_factory import numbered_picture
 
@@ -246,6 +247,22 @@ def test_marks_come_when_their_words_are_heard() -> None:
     assert script.sentences[0][1] > 0.5 > -0.3 > script.sentences[1][1]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The old man in the red hat [happy] shouted about it.",
+        "It is a long and narrow road, and the [happy] sheep are on it.",
+        "Every morning after breakfast a man in a boat [happy] shows up.",
+    ],
+)
+def test_a_mark_within_a_clause_is_near_its_word(text: str) -> None:
+    marked, script = Marked.of(text), Noted()
+    chunks = said(marked.text)
+    list(marked.follow(chunks, script))
+    (word_s,) = [phone.start_ms / 1000 for chunk in chunks for phone in chunk.phones if phone.ipa == "ʃ"]
+    assert script.marks_s == [pytest.approx(word_s, abs=0.15)]
+
+
 def test_marks_are_told_before_their_sound_and_survive_what_a_voice_leaves_out() -> None:
     marked = Marked.of("ﬁne “words” 😀 № 5. [happy] Ünder way, [neutral]ok")
     script = Noted()
@@ -260,6 +277,26 @@ def test_other_languages_have_no_valence() -> None:
     script = Noted()
     list(Marked.of("Die bad die.").follow(said("Die bad die."), script, language="de"))
     assert not script.sentences
+
+
+def test_marks_of_subtitles_take_effect_at_their_cues() -> None:
+    script = Noted()
+    notes: list[str] = []
+    cues = [
+        Cue(1, 0, 900, "[music] Good [happy] morning."),
+        Cue(2, 1500, 1600, "[sad:0.3]"),
+        Cue(3, 2000, 3000, "[neutral] And now."),
+    ]
+    plain, marked = _unmarked(cues, script, notes.append)
+    assert script.anything and script.marks_s == [1.5]
+    assert [cue.text.split() for cue in plain] == [["[music]", "Good", "morning."], ["And", "now."]]
+    assert [(cue.index, cue.start_ms) for cue in plain] == [(1, 0), (3, 2000)]
+    assert [count for count, _ in marked.marks] == [len("musicGood"), len("musicGoodmorning")]
+    assert len(notes) == 1 and "[music]" in notes[0]
+    chunks = tuple(speaker().speak_cues(plain))
+    list(marked.follow(chunks, script))
+    spoken = [chunk.phones[0].start_ms / 1000 for chunk in chunks if chunk.phones]
+    assert spoken[0] < script.marks_s[1] < 1.2 and script.marks_s[2] == spoken[1]
 
 
 # Direction -----------------------------------------------------------------------------------------------------------
@@ -358,7 +395,7 @@ def test_the_live_spec_can_be_changed_from_another_thread() -> None:
     assert np.allclose(rows[:10], parse("happy").look, atol=1e-6)
     assert np.allclose(rows[-1], parse("sad:0.8").look, atol=1e-3)
     steps = np.abs(np.diff(rows[:, [SMILE, INNER]], axis=0))
-    assert steps.max() < 0.12, "no jump"
+    assert steps.max() < 0.2 * np.ptp(rows[:, SMILE]), "no jump"
     with pytest.raises(UsageError):
         script.set("hapy")
 
@@ -599,10 +636,17 @@ def test_the_eyes_of_a_video_are_left_to_blink_by_themselves() -> None:
     """Where the source shuts its eyes often enough nothing is added."""
     clips = []
     for i, clip in enumerate(silence(20.0)):
-        face = face_of({"eyeBlinkLeft": 0.8, "eyeBlinkRight": 0.8} if i % 25 < 4 else {})
+        face = face_of({"eyeBlinkLeft": 0.8, "eyeBlinkRight": 0.8} if i % 25 > 20 else {})
         track = FaceTrack((face,), (FaceState.OK,), np.ones(1, np.float32), (0,))
         clips.append(Clip(clip.frames, track, clip.audio, clip.heard))
     assert not looks(Direct(Script("auto"))(iter(clips)))[:, BLINK].any()
+
+
+def test_narrow_eyes_blink_too() -> None:
+    face = face_of({"eyeBlinkLeft": 0.8, "eyeBlinkRight": 0.8})
+    track = FaceTrack((face,), (FaceState.OK,), np.ones(1, np.float32), (0,))
+    clips = (replace(clip, track=track) for clip in silence(20.0))
+    assert (looks(Direct(Script(), alive=True)(clips))[:, BLINK] > 0.9).any()
 
 
 def test_an_expression_checks_its_shape() -> None:

@@ -64,6 +64,17 @@ def test_a_portrait_speaks(still: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "sheet.png"]
 
 
+def test_large_pictures_travel_in_smaller_clips(still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, small = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    pipeline().lipsync(still, usual, text="Hi.")
+    monkeypatch.setattr("beavervision.pipeline._BLOCK_BYTES", 2 * 512 * 512 * 3 // 2)
+    told: list[int] = []
+    pipeline().lipsync(still, small, text="Hi.", on_progress=lambda done, _: told.append(done))
+    assert told[:2] == [2, 4]
+    for a, b in zip(pictures(usual), pictures(small), strict=True):
+        assert np.abs(a.y.astype(int) - b.y).max() <= 2  # the painter's batches round differently
+
+
 def test_a_video_keeps_its_rate_and_plays_on_until_the_sound_ends(speech: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
     rate = Fraction(30000, 1001)

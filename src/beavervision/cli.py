@@ -640,6 +640,24 @@ def evaluate_expression(
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
+@evaluate_app.command("sharpness")
+def evaluate_sharpness(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    limit: Annotated[int, typer.Option(help="So many clips for each size of the face: those with the largest.")] = 6,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is the drawn mouth as sharp as the face around it, at faces of 120, 250 and 500 pixels?"""
+    from beavervision.evaluate.sharpness import format_table, sharpness
+
+    def told(done: int, total: int, file: str) -> None:
+        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
+
+    measured = sharpness(folder, split, limit=limit, on_progress=None if quiet else told)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
 @evaluate_app.command("compare")
 def evaluate_compare(
     result: Annotated[Path, typer.Argument(metavar="RESULT", help="The video made.")],

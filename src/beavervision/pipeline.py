@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import cv2
 
@@ -27,7 +27,7 @@ from beavervision.engine.memory import MemoryBudget
 from beavervision.engine.placement import DevicePlan, Placement, StageCost, available_devices, plan, resolve
 from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
-from beavervision.media import Audio, Clip, Face, Frames, Net, Picture, Stage, pictures_for
+from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import load as load_beaver
 from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
@@ -38,8 +38,8 @@ from beavervision.models.runtime import OnnxNet
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
 from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt
-from beavervision.stages.decode import Decode, SourceInfo, audio_info, probe, read_audio, resample
-from beavervision.stages.detect import Detect, FaceChoice, Survey, survey
+from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, probe, read_audio, resample
+from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
 from beavervision.stages.encode import Encode
 from beavervision.stages.express import Express
 from beavervision.stages.hear import FRONT_ENDS, Hear
@@ -71,10 +71,19 @@ _COSTS = {
 _SURVEY_S = 8  # of the source are looked at first,
 _SURVEY_HZ = 4  # so many pictures a second,
 _SURVEY_CLIPS = 4  # of a caller's own source
+LOOK_PICTURES = 3000  # that a face is followed over for later runs
 _SEARCH_HZ = 1  # and, where none of them has a face, so many in the rest
 _ACCENT_AHEAD_S = 0.12  # so far ahead stressed syllables are looked for
 _LIVE_VOICE_AHEAD_MS = 80.0  # a compromise of how early the lips part and how long a live stream is held back
 _LEARN_S = 300  # of a clip, at most, an expression or a style is learned from
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What is known of a source: the chosen person's face, and the face in each picture, None where there are too many."""
+
+    survey: Survey
+    track: FaceTrack | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +169,7 @@ class Pipeline:
         restore: str | None = None,
         restore_area: Area = "mouth",
         mark: bool = False,
-        seen: Survey | None = None,
+        look: Look | None = None,
         sheet: Path | str | None = None,
         on_progress: Progress | None = None,
         cancel: threading.Event | None = None,
@@ -178,10 +187,10 @@ class Pipeline:
                 text or the subtitles (``[happy] Great news.``) change it on the way; they are not spoken.
             expression_track: keyframes to add to it, as :meth:`beavervision.expression.Track.of`, or the JSON file that has them.
             style: the manner of another speaker, see :func:`learn_style`: a JSON file or what it holds.
-            alive: let the face blink, breathe and stress words unasked; None does so for stills alone.
+            alive: let the face blink, breathe and stress words unasked, repeatably by `seed`; None does so for stills alone.
             restore: an imported face restorer to run over the pictures; None for none. restore_area: where its detail shows.
             mark: say in a corner of the pictures that they are synthetic.
-            seen: what :meth:`look` found in `source`, whose `face` it was; None looks now.
+            look: what :meth:`look` found in `source`, whose `face` it was; None looks now.
             sheet: where to write a contact sheet (PNG) as well.
             cancel: setting it ends the run with Interrupted and leaves nothing behind.
 
@@ -207,8 +216,13 @@ class Pipeline:
         manner = style if style is None else _style(style)
         words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, script, notes.append)
         alive = info.kind == "still" if alive is None else alive
-        nets = FaceNets()
-        seen = seen or self._survey(info, nets, choice)
+        extend: Extend = {"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit]  # type: ignore[assignment]
+        if look is not None and look.track is not None:
+            seen, detect = look.survey, cast(Stage, Retrace(look.track, loop=extend == "loop"))
+        else:
+            nets = FaceNets()
+            seen = self._survey(info, nets, choice) if look is None else look.survey
+            detect = Detect(nets, seen.choice)
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None
@@ -217,7 +231,7 @@ class Pipeline:
         picture_bytes = info.width_px * info.height_px * 3 // 2
         decode = Decode(
             max(1, min(_BLOCK, _BLOCK_BYTES // picture_bytes)),
-            extend={"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit],  # type: ignore[arg-type]
+            extend=extend,
             on_note=notes.append,
         )
         watch = Watch(info.rate)
@@ -233,7 +247,7 @@ class Pipeline:
             )
 
         flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
-        flow = flow.then(Detect(nets, seen.choice)).then(_Named("hear", hear))
+        flow = flow.then(detect).then(_Named("hear", hear))
         expresses = alive or manner is not None or script.anything
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
@@ -270,13 +284,37 @@ class Pipeline:
             notes=tuple(dict.fromkeys(notes)),
         )
 
-    def look(self, source: Path | str, *, face: str = "largest") -> Survey:
-        """Find the face of `source` once, for the `seen` of many runs.
+    def look(
+        self,
+        source: Path | str,
+        *,
+        face: str = "largest",
+        on_progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Look:
+        """Find the face of `source` once, for many runs: who it is, and where in each picture.
+
+        Of a source with more than `LOOK_PICTURES` pictures the face is not followed.
 
         Raises:
-            MediaError, NoFaceError, UsageError: as :meth:`lipsync`.
+            MediaError, NoFaceError, UsageError, Interrupted: as :meth:`lipsync`.
         """
-        return self._survey(probe(source), FaceNets(), FaceChoice.parse(face))
+        info, nets = probe(source), FaceNets()
+        seen = self._survey(info, nets, FaceChoice.parse(face))
+        decode = Decode(_BLOCK, extend="none")
+        flow = Flow(lambda: itertools.islice(decode(info), LOOK_PICTURES // _BLOCK + 1), cancel=cancel)
+        if info.kind == "still":
+            flow = Flow(lambda: itertools.islice(Decode(1)(info), 1), cancel=cancel)
+        tracks: list[FaceTrack] = []
+        done = 0
+        with closing(iter(flow.then(Detect(nets, seen.choice)))) as clips:
+            for clip in clips:
+                assert clip.track is not None
+                tracks.append(clip.track)
+                done += len(clip)
+                if on_progress is not None:
+                    on_progress(done, info.frames)
+        return Look(seen, joined(tracks) if done <= LOOK_PICTURES else None)
 
     def clips(
         self,
@@ -331,7 +369,7 @@ class Pipeline:
         script: Script | None = None,
         seed: int = 0,
     ) -> tuple[Stage, ...]:
-        """The stages of a live run after tracking: hearing `audio`, direction, `between`, and drawing. See :mod:`beavervision.live`."""
+        """The stages of a live run after tracking: hearing, direction, `between`, and drawing. See :mod:`beavervision.live`."""
         hear = self.live_hear(rate)
         return (
             _Named("hear", lambda clips: hear(clips, audio)),
@@ -341,6 +379,11 @@ class Pipeline:
             Render(match=self._model.seams),
             *([Express(load_basis())] if script is not None else []),
         )
+
+    def enlivened(self, clips: Iterator[Clip], audio: Iterator[Audio], seed: int = 0) -> Iterator[Clip]:
+        """Tracked clips of a still with the head swaying, breathing and blinking while `audio` is heard; the lips stay."""
+        clips = self._direct(Script(), True, seed, None)(self._hear()(clips, audio))
+        return Express(load_basis())(clips)
 
     def live_hear(self, rate: Fraction) -> Hear:
         """Hearing for clips of one picture at `rate`: no further ahead of a picture than the model declares."""

@@ -26,7 +26,8 @@ _VOICE_SHARE = 0.3  # of the voice in how glad a sentence is, where its words ar
 _VOICE_ALONE = 0.45  # and where they are not
 _MOOD = 0.75  # the intensity of the strongest mood
 _UNASKED = 0.6  # the strength of the accents of a face that is merely alive
-_SHUT = 0.5  # blink of the source's own, from which its eyes count as shut
+_SHUT = 0.3  # more of the source's own blink than its open eyes have: its eyes count as shut
+_LIDS_PER_S = 0.1  # so fast open eyes may become narrower
 _RANGES = np.array([1.0] * BLENDSHAPES + [10.0, 10.0, 10.0, 0.1, 0.1, 0.1], np.float32)
 _BLINK = tuple(blendshape_names().index(f"eyeBlink{side}") for side in ("Left", "Right"))
 _WEIGHT, _FEEL, _AUTO = VALUES, VALUES + 1, VALUES + 2  # of what glides: the track's weight, the mood's, auto
@@ -69,6 +70,7 @@ class Direct:
             Gestures(self._seed),
             Sway(self._seed, manner),
         )
+        lids = _Lids()
         glide: _Glide | None = None
         mood = _Glide(np.zeros(VALUES, np.float32), FELT_HZ, FELT_PER_S * _RANGES)
         for clip in clips:
@@ -99,7 +101,7 @@ class Direct:
                 if self._alive:
                     look += sway.at(time_s)
                 if self._alive or auto > 0:
-                    look[list(_BLINK)] += np.float32(blinks.at(time_s, heard.phrase_end, _shut(clip, i)))
+                    look[list(_BLINK)] += np.float32(blinks.at(time_s, heard.phrase_end, lids.shut(clip, i)))
                 looks[i] = look
             yield replace(clip, expression=_expression(looks))
 
@@ -156,9 +158,19 @@ def _mood(valence: float | None, arousal: float) -> F32:
     return total
 
 
-def _shut(clip: Clip, i: int) -> bool:
-    face = None if clip.track is None else clip.track.faces[i]
-    return face is not None and float(face.blendshapes[list(_BLINK)].mean()) > _SHUT
+class _Lids:
+    """Whether the source's own eyes are shut, against how open they were."""
+
+    def __init__(self) -> None:
+        self._open = 1.0
+
+    def shut(self, clip: Clip, i: int) -> bool:
+        face = None if clip.track is None else clip.track.faces[i]
+        if face is None:
+            return False
+        closed = float(face.blendshapes[list(_BLINK)].mean())
+        self._open = min(closed, self._open + _LIDS_PER_S / float(clip.frames.rate))
+        return closed > self._open + _SHUT
 
 
 def _expression(looks: F32) -> Expression | None:

@@ -31,10 +31,10 @@ _BLINKS_S = 12.0  # of a face, to count its blinks
 _FIELDS = {
     "amplitude": (0.5, 1.6),
     "blinks_per_min": (0.0, 60.0),
-    "brows": (0.0, 2.5),
-    "sway_yaw_deg": (0.0, 4.0),
-    "sway_pitch_deg": (0.0, 4.0),
-    "sway_roll_deg": (0.0, 3.0),
+    "brows": (0.0, 2.0),
+    "sway_yaw_deg": (0.0, 2.2),  # more is looking about, which a still cannot do
+    "sway_pitch_deg": (0.0, 1.8),
+    "sway_roll_deg": (0.0, 1.5),
 }
 _REST_MOST = 0.5
 # Usual speakers: standard deviation of the inner lip gap in eye distances, and of the brows' controls.
@@ -147,7 +147,8 @@ class Style:
             off = float(np.median(of(control))) - usual(control)
             if abs(off) > dead:
                 rest[control] = round(float(np.clip(off - math.copysign(dead, off), -_REST_MOST, _REST_MOST)), 3)
-        brows = float(np.std(of("browInnerUp")) + np.std(of("browOuterUp"))) / 2 / _BROW_STD
+        # Between speakers it differs by factors, not by steps: the root keeps the most and the least lively natural.
+        brows = math.sqrt(float(np.std(of("browInnerUp")) + np.std(of("browOuterUp"))) / 2 / _BROW_STD)
         yaw, pitch, roll = (
             _bounded(float(np.std(turn)), f"sway_{axis}_deg")
             for turn, axis in zip(np.transpose(turns), ("yaw", "pitch", "roll"), strict=True)
