@@ -444,6 +444,41 @@ def test_animated_gif_is_a_video(tmp_path: Path) -> None:
     assert [round(float(p.rgb().mean()) / 40) for p in pictures] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "L", "I;16", "CMYK"])
+def test_very_large_stills_are_reduced_in_steps(tmp_path: Path, mode: str) -> None:
+    ramp = np.linspace(0, 255, 8192, dtype=np.uint8)[None].repeat(64, axis=0)
+    picture = Image.fromarray(ramp).convert("L" if mode == "I;16" else "RGB" if mode in ("RGBA", "CMYK") else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(ramp.astype(np.uint16) * 257)
+    elif mode in ("RGBA", "CMYK"):
+        picture = picture.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path)
+    info = probe(path)
+    shown = next(iter(Decode(1)(info))).frames.pictures[0]
+    assert (shown.width_px, shown.height_px, info.coded_width_px) == (1920, 16, 8192)  # 15 rows and one of padding
+    wanted = np.linspace(0, 255, 1920)
+    got = shown.rgb()[..., 1].mean(axis=0)
+    assert np.abs(got[8:-8] - wanted[8:-8]).mean() < (12 if mode == "1" else 2)  # dithered
+
+
+@pytest.mark.parametrize(("rate_hz", "channels"), [(1, 1), (2**31 - 1, 1), (16_000, 9)])
+def test_sound_that_no_one_hears_is_refused(tmp_path: Path, rate_hz: int, channels: int) -> None:
+    head = struct.pack("<HHIIHH", 1, channels, rate_hz, rate_hz * channels * 2 % 2**32, channels * 2, 16)
+    data = bytes(3600)
+    (tmp_path / "a.wav").write_bytes(
+        b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack("<I", 16) + head
+        + b"data" + struct.pack("<I", len(data)) + data
+    )  # fmt: skip
+    with pytest.raises(MediaError, match=f"its sound has {channels} channels of {rate_hz} Hz"):
+        audio_info(tmp_path / "a.wav")
+
+
+def test_a_file_says_how_long_it_is(tmp_path: Path) -> None:
+    assert decode.length(make_sound(tmp_path / "a.wav", np.zeros((1, 8000), np.float32), 8000)) == 1
+    assert decode.length(make_video(tmp_path / "a.mkv", pictures=50)) == 2
+
+
 def test_absurd_stills_are_refused(tmp_path: Path) -> None:
     for width, height in ((20000, 20000), (12000, 11000)):
         chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + bytes(8))

@@ -15,12 +15,13 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the service needs the extra serve")
 
-from beavervision.media import BLENDSHAPES, POINTS, Face, Reference, Region
+from beavervision.media import BLENDSHAPES, POINTS, Face, FaceState, FaceTrack, Reference, Region
+from beavervision.pipeline import Look
 from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import NewJob, new_id
+from beavervision.serve.looks import load_look, save_look
 from beavervision.serve.place import Place
 from beavervision.serve.supervisor import Supervisor
-from beavervision.serve.surveys import load_survey, save_survey
 from beavervision.settings import Settings
 from beavervision.stages.detect import FaceChoice, Survey
 from tests.test_serve import Server, face, multipart, started, until
@@ -54,7 +55,7 @@ def test_an_avatar_is_looked_at_once_and_used_by_jobs(server: Server, face: byte
     picture = server.call("GET", avatar["links"]["picture"])
     assert Image.open(io.BytesIO(picture.body)).size == (256, 256)
 
-    survey = server.folder / "files" / f"avatar-{avatar['id']}" / "out" / "survey.npz"
+    survey = server.folder / "files" / f"avatar-{avatar['id']}" / "out" / "look.npz"
     read_before = survey.stat().st_atime_ns, survey.stat().st_mtime_ns
     job = server.lipsync({"avatar": avatar["id"], "text": "Hi."})  # the consent came with the avatar
     assert (job.status, job.json["state"], job.json["kind"]) == (200, "succeeded", "lipsync"), job
@@ -106,6 +107,24 @@ def test_what_cannot_be_an_avatar_is_refused_and_leaves_nothing(server: Server, 
     until(lambda: not list((server.folder / "files").glob("avatar-*")))
 
 
+def test_an_avatar_whose_look_is_cancelled_or_fails_leaves_no_files(server: Server, face: bytes) -> None:
+    gray = io.BytesIO()
+    Image.new("RGB", (128, 128), (90, 90, 90)).save(gray, "PNG")
+    failing = upload(server, {"video": gray.getvalue(), "consent": "true"}, prefer="respond-async").json
+    until(lambda: server.get(failing["links"]["self"])["state"] == "failed")
+    assert server.get(failing["links"]["self"])["error"]["code"] == "no_face"
+    until(lambda: not list((server.folder / "files").glob("avatar-*")))
+    assert server.call("DELETE", failing["links"]["self"]).status == 204
+    waiting = upload(server, {"video": face, "consent": "true"}, prefer="respond-async").json
+    if "job" in waiting["links"]:  # else the worker was faster
+        stopped = server.call("POST", f"{waiting['links']['job']}/cancel").json
+        if stopped["state"] == "cancelled":
+            assert server.call("GET", waiting["links"]["self"]).json["code"] == "no_avatar"
+            until(lambda: not list((server.folder / "files").glob("avatar-*")))
+    for avatar in server.get("/api/v1/avatars"):
+        assert server.call("DELETE", avatar["links"]["self"]).status == 204
+
+
 def test_only_so_many_and_deleting_one_on_the_way(server: Server, face: bytes) -> None:
     ids = [upload(server, {"video": face, "consent": "true"}, prefer="respond-async").json["id"] for _ in range(2)]
     full = upload(server, {"video": face, "consent": "true"})
@@ -118,35 +137,52 @@ def test_only_so_many_and_deleting_one_on_the_way(server: Server, face: bytes) -
     assert server.get("/api/v1/avatars") == []
 
 
-def a_survey() -> Survey:
+def a_face(rng: np.random.Generator) -> Face:
+    return Face(rng.normal(size=(POINTS, 3)).astype(np.float32), rng.random(BLENDSHAPES, np.float32), 0.7)
+
+
+def a_look() -> Look:
     rng = np.random.default_rng(1)
     references = tuple(
         Reference(
-            Region(2 * n, 4, 32, 20 + 2 * n),
-            rng.integers(0, 256, (20 + 2 * n, 32, 3), dtype=np.uint8),
-            Face(rng.normal(size=(POINTS, 3)).astype(np.float32), rng.random(BLENDSHAPES, np.float32), 0.7 + n / 10),
+            Region(2 * n, 4, 32, 20 + 2 * n), rng.integers(0, 256, (20 + 2 * n, 32, 3), dtype=np.uint8), a_face(rng)
         )
         for n in range(3)
     )
-    return Survey(FaceChoice(place=(0.25, 0.5)), references, 4)
+    states = (FaceState.OK, FaceState.LOST, FaceState.CUT, FaceState.PROFILE)
+    track = FaceTrack((a_face(rng), None, None, a_face(rng)), states, np.array([1, 0, 0, 0], np.float32), (0, 0, 1, 1))
+    return Look(Survey(FaceChoice(place=(0.25, 0.5)), references, 4), track)
 
 
-def test_a_survey_comes_back_as_it_was(tmp_path: Path) -> None:
-    there = a_survey()
-    save_survey(there, tmp_path / "a.npz")
-    back = load_survey(tmp_path / "a.npz")
-    assert (back.choice, back.faces_seen, len(back.references)) == (there.choice, 4, 3)
-    for one, other in zip(there.references, back.references, strict=True):
+def same(one: Face | None, other: Face | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    points = np.array_equal(one.points_px, other.points_px) and np.array_equal(one.blendshapes, other.blendshapes)
+    return points and one.confidence == other.confidence
+
+
+def test_a_look_comes_back_as_it_was(tmp_path: Path) -> None:
+    there = a_look()
+    save_look(there, tmp_path / "a.npz")
+    back = load_look(tmp_path / "a.npz")
+    assert (back.survey.choice, back.survey.faces_seen) == (there.survey.choice, 4)
+    assert len(back.survey.references) == 3
+    for one, other in zip(there.survey.references, back.survey.references, strict=True):
         assert one.region == other.region
-        assert one.face.confidence == other.face.confidence
+        assert same(one.face, other.face)
         np.testing.assert_array_equal(one.rgb, other.rgb)
-        np.testing.assert_array_equal(one.face.points_px, other.face.points_px)
-        np.testing.assert_array_equal(one.face.blendshapes, other.face.blendshapes)
+    before, after = there.track, back.track
+    assert before is not None and after is not None
+    assert (before.states, before.shot) == (after.states, after.shot)
+    assert all(same(one, other) for one, other in zip(before.faces, after.faces, strict=True))
+    np.testing.assert_array_equal(before.strength, after.strength)
+    save_look(Look(there.survey, None), tmp_path / "c.npz")
+    assert load_look(tmp_path / "c.npz").track is None
     whole = (tmp_path / "a.npz").read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"PK" + bytes(100)):
         (tmp_path / "b.npz").write_bytes(damaged)
         with pytest.raises(FileNotFoundError):
-            load_survey(tmp_path / "b.npz")
+            load_look(tmp_path / "b.npz")
 
 
 def test_avatars_that_nobody_looked_at_are_swept_away_and_ready_ones_stay(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_looks_share_a_process_that_is_started_again_when_it_is_killed(tmp_path:
 def test_a_look_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import time; from beavervision.serve import guard\n"
-        "guard._WALL_S = 1; guard._look = lambda task: time.sleep(600); guard._main()"
+        "guard._WALL_S = 1; guard._look = lambda task: time.sleep(600 * (task['side_px'] == 200)); guard._main()"
     )
     monkeypatch.setattr(guard_module, "_COMMAND", [sys.executable, "-c", code])
     slow = Guard()

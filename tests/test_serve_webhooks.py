@@ -228,6 +228,19 @@ def test_what_is_no_address_for_webhooks_is_refused(url: str) -> None:
     assert caught.value.code == "webhook"
 
 
+@pytest.mark.parametrize(
+    ("url", "netloc"),
+    [
+        ("https://e.com/", "e.com"),
+        ("https://e.com:80/", "e.com:80"),
+        ("https://[2001:db8::1]:444/", "[2001:db8::1]:444"),
+        ("https://[2001:db8::1]/", "[2001:db8::1]"),
+    ],
+)
+def test_the_host_is_told_as_the_url_has_it(url: str, netloc: str) -> None:
+    assert Target.of(url, frozenset()).netloc == netloc
+
+
 def test_a_receiver_without_a_trusted_certificate_is_told_nothing(
     table: JobTable, hooks: Callable[..., Webhooks], receiver: Receiver
 ) -> None:

@@ -54,7 +54,10 @@ DEVICE_MEMORY_BUDGET_BYTES = Gauge(
     "beavervision_device_memory_budget_bytes", "What may be used of a device's memory", ["device"], registry=REGISTRY
 )
 DEVICE_UTILISATION = Gauge(
-    "beavervision_device_utilisation_ratio", "How busy a GPU is, of 1, as its driver tells", ["device"], registry=REGISTRY
+    "beavervision_device_utilisation_ratio",
+    "How busy a GPU is, of 1, as its driver tells",
+    ["device"],
+    registry=REGISTRY,
 )
 JOBS = Counter("beavervision_jobs", "Jobs that ended, by outcome", ["outcome"], registry=REGISTRY)
 WEBHOOKS = Counter("beavervision_webhooks", "Webhooks tried, by outcome", ["outcome"], registry=REGISTRY)
@@ -89,7 +92,10 @@ LIVE_DELAY_SECONDS = Histogram(
     registry=REGISTRY,
 )
 LIVE_SKEW_SECONDS = Gauge(
-    "beavervision_live_skew_seconds", "Largest distance of a picture's time from its sound's", ["session"], registry=REGISTRY
+    "beavervision_live_skew_seconds",
+    "Largest distance of a picture's time from its sound's",
+    ["session"],
+    registry=REGISTRY,
 )
 LIVE_SAY_SECONDS = Histogram(
     "beavervision_live_say_seconds",

@@ -40,6 +40,7 @@ from beavervision.serve.schema import (
     StatusOut,
     VoiceOut,
     WebhooksOut,
+    whole_schema,
 )
 from beavervision.serve.service import Service
 from beavervision.serve.telemetry import Span, Traces
@@ -70,6 +71,7 @@ _FORM = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
+                    "anyOf": [{"required": ["video"]}, {"required": ["avatar"]}],
                     "additionalProperties": False,
                     "properties": {
                         "avatar": {"type": "string", "description": "The id of an avatar. Either this or video."},
@@ -80,7 +82,7 @@ _FORM = {
                         },
                         "text": {"type": "string", "description": "What to say. Either this or audio."},
                         "audio": {"type": "string", "format": "binary", "description": "Recorded speech to follow."},
-                        "settings": LipsyncSettings.model_json_schema(),
+                        "settings": whole_schema(LipsyncSettings),
                         "webhook": {
                             "type": "string",
                             "maxLength": 2000,

@@ -70,14 +70,16 @@ def add_avatars(app: FastAPI, service: Service, intake: Intake) -> None:
             upload = await intake.receive(request, folder, _FIELD_BYTES, ("video",))
             address = request.client.host if request.client else ""
             row, job = await run_in_threadpool(avatars.accept, upload, who, address)
-        _, wait_s = preferred(prefer, service.settings.serve_wait_s)
+        asynchronous, wait_s = preferred(prefer, service.settings.serve_wait_s)
         job = await ended(service, job, request, wait_s)
         if job.state is State.FAILED:
-            avatars.delete(row.id, who)
+            await run_in_threadpool(avatars.delete, row.id, who)
             raise problems.of_code(job.error_code or "error", job.error_message or "", job=f"/api/v1/jobs/{job.id}")
         if job.state is State.CANCELLED:
             raise Problem(409, "cancelled", "The avatar was deleted.")
         response.headers["Location"] = f"{AVATARS}/{row.id}"
+        if asynchronous:
+            response.headers["Preference-Applied"] = "respond-async"
         response.status_code = 201 if job.ended else 202
         return await run_in_threadpool(avatars.shown, await run_in_threadpool(avatars.get, row.id, who))
 

@@ -1,6 +1,6 @@
 """Faces that were uploaded once: what they are, whose, and what a worker found when it looked at them.
 
-The files of an avatar are a storage group of its own: the upload, a picture of it, and the survey, which spares every
+The files of an avatar are a storage group of its own: the upload, a picture of it, and what a worker found, which spares every
 later job the first look. An avatar is ready as soon as its row has facts.
 """
 
@@ -17,7 +17,7 @@ from beavervision.serve.database import META, Database
 from beavervision.serve.storage import Storage
 
 _PREFIX = "avatar-"
-SOURCE, SURVEY, PICTURE = "in/source", "out/survey.npz", "out/picture.jpg"
+SOURCE, LOOK, PICTURE = "in/source", "out/look.npz", "out/picture.jpg"
 _AVATARS = Table(
     "avatars",
     META,
@@ -85,13 +85,13 @@ class Avatars:
             query = select(func.count()).select_from(_AVATARS).where(_AVATARS.c.owner == owner)
             return int(connection.execute(query).scalar_one())
 
-    def ready(self, avatar_id: str, survey: Path, picture: Path, facts: dict[str, Any]) -> bool:
+    def ready(self, avatar_id: str, look: Path, picture: Path, facts: dict[str, Any]) -> bool:
         """Take over the files of a look; False if the avatar was removed meanwhile.
 
         Raises:
             OutputError: they cannot be stored.
         """
-        self._storage.put(survey, self.key(avatar_id, SURVEY))
+        self._storage.put(look, self.key(avatar_id, LOOK))
         self._storage.put(picture, self.key(avatar_id, PICTURE))
         with self._database.write() as connection:
             mine = _AVATARS.c.id == avatar_id
@@ -105,8 +105,12 @@ class Avatars:
             connection.execute(delete(_AVATARS).where(_AVATARS.c.id == avatar_id))
         self._storage.remove(_PREFIX + avatar_id)
 
+    def remove_files(self, avatar_id: str) -> None:
+        """Keep only the row: the look failed."""
+        self._storage.remove(_PREFIX + avatar_id)
+
     def file(self, avatar_id: str, name: str) -> Path:
-        """A local copy of SOURCE, SURVEY or PICTURE, for reading only.
+        """A local copy of SOURCE, LOOK or PICTURE, for reading only.
 
         Raises:
             FileNotFoundError: there is none, or no longer.

@@ -44,11 +44,12 @@ class Database:
 
     def _add_columns(self) -> None:
         for table in META.sorted_tables:
-            there = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
-            with self._engine.begin() as connection:
-                for column in table.columns:
-                    if column.name not in there:
-                        kind = column.type.compile(self._engine.dialect)
+            with self._reader.connect() as connection:
+                there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in there:
+                    kind = column.type.compile(self._engine.dialect)
+                    with self._engine.begin() as connection:
                         connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
 
 

@@ -276,12 +276,32 @@ class ProblemOut(BaseModel):
     code: str
 
 
+def whole_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model without references, for places in the OpenAPI document where these would lead nowhere."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def put_in(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return put_in(parts[value["$ref"].removeprefix("#/$defs/")])
+            return {name: put_in(inner) for name, inner in value.items()}
+        return [put_in(inner) for inner in value] if isinstance(value, list) else value
+
+    whole: dict[str, Any] = put_in(schema)
+    return whole
+
+
 def job_out(job: Job, base: str, video_url: str | None, expires_s: float | None) -> JobOut:
     """`base` is the job's own address."""
     left = None
+    kind = job.request.get("kind", "lipsync")
     if job.state is State.RUNNING and job.pictures_per_s > 0 and job.pictures_expected is not None:
         left = round(max(job.pictures_expected - job.pictures, 0) / job.pictures_per_s, 1)
-    stage: Any = {State.QUEUED: "waiting", State.RUNNING: "drawing" if job.pictures else "preparing"}
+    stage: Any = {
+        State.QUEUED: "waiting",
+        State.RUNNING: "drawing" if job.pictures and kind == "lipsync" else "preparing",
+    }
     links = {"self": base, "events": f"{base}/events"}
     if not job.ended:
         links["cancel"] = f"{base}/cancel"
@@ -289,7 +309,7 @@ def job_out(job: Job, base: str, video_url: str | None, expires_s: float | None)
         links |= {"report": f"{base}/report"} | ({"result": f"{base}/result"} if job.result_key else {})
     return JobOut(
         id=job.id,
-        kind=job.request.get("kind", "lipsync"),
+        kind=kind,
         state=job.state,
         created=time_of(job.created_s),
         started=None if job.started_s is None else time_of(job.started_s),

@@ -327,8 +327,10 @@ class Service:
         return job
 
     def cancel(self, job_id: str, owner: str) -> Job:
-        self.job(job_id, owner)
+        job = self.job(job_id, owner)
         if self.place.table.cancel(job_id):
+            if job.request.get("kind") == "avatar":
+                self.place.avatars.remove(job.request["avatar"])
             self.place.storage.remove(job_id)
             metrics.JOBS.labels(State.CANCELLED.value).inc()
             self.place.audit.write("cancelled", job=job_id, owner=owner)

@@ -78,6 +78,11 @@ class Target:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return cls(secure, host, port or (443 if secure else 80), path)
 
+    @property
+    def netloc(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
+
     def addresses(self, allowed_hosts: frozenset[str]) -> list[str]:
         """The addresses of the host.
 
@@ -186,7 +191,7 @@ class Webhooks:
         body = json.dumps(self._payload(job)).encode()
         message_id, now_s = f"job-{job.id}", int(time.time())
         headers = {
-            "Host": target.host if target.port in (80, 443) else f"{target.host}:{target.port}",
+            "Host": target.netloc,
             "Content-Type": "application/json",
             "User-Agent": "BeaverVision",
             "webhook-id": message_id,

@@ -9,6 +9,7 @@ whoever takes it next. On its standard output it tells the ids of jobs that it c
 from __future__ import annotations
 
 import base64
+import ctypes
 import logging
 import os
 import pickle
@@ -34,11 +35,11 @@ from beavervision.engine.gpus import GpuWatch
 from beavervision.engine.host import cores
 from beavervision.errors import BeaverVisionError, DeviceError, Interrupted, OutputError
 from beavervision.pipeline import Pipeline
-from beavervision.serve.avatars import SOURCE, SURVEY
+from beavervision.serve.avatars import LOOK, SOURCE
 from beavervision.serve.credentials import Credentials
 from beavervision.serve.jobs import Job, State
+from beavervision.serve.looks import load_look, save_look, write_picture
 from beavervision.serve.place import Place, Task
-from beavervision.serve.surveys import load_survey, save_survey, write_picture
 from beavervision.serve.telemetry import Span, Traces, set_up_logs
 from beavervision.serve.version import program_version
 from beavervision.settings import Settings
@@ -48,6 +49,7 @@ _BEAT_S = 0.4  # so that a cancelled job stops within a second
 _POLL_S = 0.25  # for jobs that nobody tells of: of other servers, or tried again
 _TELL_S = 2.0  # between two writings of the metrics
 _PIPELINES = 2  # models loaded at once
+_ARENA_MAX = -8  # of glibc's mallopt
 _LOG = logging.getLogger("beavervision.serve.worker")
 
 
@@ -114,7 +116,6 @@ class Worker:
 
     def _do(self, job: Job, scratch: Path, span: Span) -> None:
         table, storage = self._place.table, self._place.storage
-        scratch.mkdir(parents=True, exist_ok=True)
         lease = _Lease(self._place, job, self._settings, self._abandon, self._tell)
         metrics.JOBS_RUNNING.inc()
         _say(job)
@@ -122,6 +123,7 @@ class Worker:
         done: _Done | None = None
         try:
             with lease.kept():
+                scratch.mkdir(parents=True, exist_ok=True)
                 done = (self._look if job.request.get("kind") == "avatar" else self._draw)(job, scratch, lease)
             if table.succeed(job, done.report, done.key, done.seconds, done.pictures):
                 state = State.SUCCEEDED
@@ -134,8 +136,13 @@ class Worker:
                 state = table.fail(job, "time_limit", limit)
             elif self._abandon.is_set():
                 table.give_back(job)
+        except SQLAlchemyError:
+            raise  # nothing can be told: the lease will pass, and the job will be taken again
         except FileNotFoundError:
             state = table.fail(job, "input", "What was uploaded for the job is gone. Send it again.")
+        except OSError as error:
+            message = f"The disk of the service fails: {error.strerror}. Send it again when that is mended."
+            state = table.fail(job, "output", message, passing=True)
         except BeaverVisionError as error:
             passing = isinstance(error, (DeviceError, OutputError))
             state = table.fail(job, error.code, _clean(str(error), self._settings.serve_folder), passing=passing)
@@ -167,11 +174,16 @@ class Worker:
         _LOG.info("job %s %s", job.id, state.value, extra={"labels": {"job": job.id, "state": state.value}})
         metrics.JOBS.labels(state.value).inc()
         self._place.storage.remove(f"{job.id}/in" if state is State.SUCCEEDED else job.id)
+        if state is State.FAILED and job.request.get("kind") == "avatar":
+            self._place.avatars.remove_files(job.request["avatar"])
         self._place.audit.write("ended", job=job.id, owner=job.owner, state=state.value, attempts=job.attempts)
 
     def _lost(self, job: Job) -> None:
         """The job was begun too often."""
-        self._ended(job, State.FAILED)
+        try:
+            self._ended(job, State.FAILED)
+        except OSError as error:  # what is left is swept away later
+            _LOG.warning("job %s: the disk fails: %s", job.id, error)
         _say(job)
 
     def _draw(self, job: Job, scratch: Path, lease: _Lease) -> _Done:
@@ -184,8 +196,8 @@ class Worker:
         if avatar_id is None:
             video = storage.fetch(f"{job.id}/in/video")
         else:
-            video, seen = avatars.file(avatar_id, SOURCE), load_survey(avatars.file(avatar_id, SURVEY))
-            options["seen"] = seen
+            video, look = avatars.file(avatar_id, SOURCE), load_look(avatars.file(avatar_id, LOOK))
+            options["look"] = look
         options["mark"] = options.get("mark", False) or self._settings.serve_mark
         lease.step("looking")
         out = scratch / "result.mp4"
@@ -213,9 +225,9 @@ class Worker:
         pipeline = self._pipeline(self._settings.model)
         source = avatars.file(avatar_id, SOURCE)
         lease.step("looking")
-        seen = pipeline.look(source, face=job.request["face"])
+        look = pipeline.look(source, face=job.request["face"], on_progress=lease.looked, cancel=lease.cancel)
         info = probe(source)
-        save_survey(seen, scratch / "survey.npz")
+        save_look(look, scratch / "look.npz")
         first = next(iter(Decode(1, extend="none")(info))).frames.pictures[0]
         write_picture(first, scratch / "picture.jpg")
         facts: dict[str, Any] = {
@@ -223,10 +235,10 @@ class Worker:
             "width_px": info.width_px,
             "height_px": info.height_px,
             "seconds": None if info.kind == "still" or info.duration is None else round(float(info.duration), 3),
-            "people": seen.faces_seen,
+            "people": look.survey.faces_seen,
         }
         lease.step("storing")
-        if not avatars.ready(avatar_id, scratch / "survey.npz", scratch / "picture.jpg", facts):
+        if not avatars.ready(avatar_id, scratch / "look.npz", scratch / "picture.jpg", facts):
             raise FileNotFoundError(avatar_id)
         return _Done(facts, None, 0.0, 0)
 
@@ -295,8 +307,12 @@ class _Lease:
             self.steps.append((name, time.time()))
 
     def told(self, pictures: int, expected: int | None) -> None:
-        now_s = time.monotonic()
         self.step("drawing")
+        self.looked(pictures, expected)
+
+    def looked(self, pictures: int, expected: int | None) -> None:
+        """As `told`, where nothing is drawn."""
+        now_s = time.monotonic()
         if self._first is None:
             self._first = now_s, pictures
         elif now_s > self._first[0]:
@@ -350,8 +366,15 @@ def _clean(message: str, root: Path) -> str:
     return told[:1].upper() + told[1:]
 
 
+def _few_arenas() -> None:
+    """Keep the C library from giving each thread of each run a heap of its own: together they hold a third of the memory."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
+
+
 def main() -> None:
     """The process, from its first byte of input to its end."""
+    _few_arenas()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's whole group: the server decides
     os.set_blocking(1, False)
     # Unbuffered: a thread that waits in a buffered reader would hold its lock when the interpreter ends.

@@ -63,7 +63,8 @@ class FaceChoice:
         except ValueError:
             pass
         raise UsageError(
-            f"The face {text!r} is unknown: give an index (0 is the leftmost), a place 'x,y' between 0 and 1, or one of {', '.join(named)}."
+            f"The face {text!r} is unknown: give an index (0 is the leftmost), a place 'x,y' between 0 and 1, or one of "
+            f"{', '.join(named)}."
         )
 
     def pick(self, faces: Sequence[Face], width_px: int, height_px: int) -> Face | None:
@@ -145,6 +146,50 @@ def faces_in(picture: Picture, nets: FaceNets, known: Sequence[Face] = (), *, ti
         if face is not None and is_new(Crop.of_points(face.points_px)):
             faces.append(face)
     return tuple(faces)
+
+
+def joined(tracks: Sequence[FaceTrack]) -> FaceTrack:
+    """Consecutive tracks as one."""
+    return FaceTrack(
+        tuple(face for track in tracks for face in track.faces),
+        tuple(state for track in tracks for state in track.states),
+        np.concatenate([track.strength for track in tracks]),
+        tuple(shot for track in tracks for shot in track.shot),
+    )
+
+
+class Retrace:
+    """The detect stage for a source whose pictures were all tracked before: it looks at nothing.
+
+    track: of the source's pictures, first to last. loop: whether pictures after the last are those before it, back and
+    forth as :class:`~beavervision.stages.decode.Decode` plays them; else they are the last one.
+    """
+
+    name = "detect"
+
+    def __init__(self, track: FaceTrack, *, loop: bool) -> None:
+        self._track, self._loop = track, loop
+
+    def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
+        track = self._track
+        for clip in clips:
+            at = [self._place(number) for number in range(clip.frames.start, clip.frames.stop)]
+            yield replace(
+                clip,
+                track=FaceTrack(
+                    tuple(track.faces[i] for i in at),
+                    tuple(track.states[i] for i in at),
+                    track.strength[at],
+                    tuple(track.shot[i] for i in at),
+                ),
+            )
+
+    def _place(self, number: int) -> int:
+        last = len(self._track.faces) - 1
+        if not self._loop or number <= last:
+            return min(number, last)
+        number %= 2 * last or 1
+        return min(number, 2 * last - number)
 
 
 @dataclass(slots=True)

@@ -200,7 +200,7 @@ class Room:
     async def _camera(self, frame: av.VideoFrame) -> None:
         if not self.session.has_camera:
             return
-        picture = await self._loop.run_in_executor(None, _picture, frame, self.session.size_px)
+        picture = await self._loop.run_in_executor(None, as_picture, frame, self.session.size_px)
         with suppress(UsageError):  # the session was closed meanwhile
             self.session.push_picture(picture)
 
@@ -300,7 +300,7 @@ def ended() -> Problem:
     return Problem(404, "no_session", "The session has ended. Open a new one.")
 
 
-def _picture(frame: av.VideoFrame, size_px: tuple[int, int]) -> Picture:
+def as_picture(frame: av.VideoFrame, size_px: tuple[int, int]) -> Picture:
     """A camera's frame at the size of the session's pictures; what is too wide or too high is cut off."""
     width, height = size_px
     scale = max(width / frame.width, height / frame.height)

@@ -2,7 +2,7 @@
 
 import { Problem, askForKey, ended, follow, getJson, hasKey, request, upload, videoOf } from "./api.js";
 import { charts } from "./charts.js";
-import { $, $$, h, local, seconds, tellRange, unique } from "./dom.js";
+import { $, $$, h, seconds, tellRange, unique } from "./dom.js";
 import { clearErrors, fieldOf, showError, titleOf } from "./errors.js";
 import { ExpressionInput, smallPicture } from "./expression.js";
 import { FaceInput } from "./face.js";
@@ -449,24 +449,6 @@ function forgotten(id) {
 
 // The page itself -----------------------------------------------------------------------------------------------------
 
-function theme() {
-  const dark = () => {
-    const chosen = document.documentElement.dataset.theme;
-    return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  };
-  const name = () => {
-    $("#theme-button").textContent = dark() ? "Light theme" : "Dark theme";
-  };
-  $("#theme-button").addEventListener("click", () => {
-    const wanted = dark() ? "light" : "dark";
-    document.documentElement.dataset.theme = wanted;
-    local.set("theme", wanted);
-    name();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
-  name();
-}
-
 async function loadModels() {
   const models = (await getJson("models")).filter((one) => one.usable);
   const list = (place, kind, first) => {
@@ -509,5 +491,4 @@ setInterval(() => {
   if (!document.hidden && $$("#jobs .state").some((state) => ["queued", "running"].includes(state.dataset.state))) history.load();
 }, LOOKING_MS);
 $("#key-button").hidden = !hasKey();
-theme();
 load();

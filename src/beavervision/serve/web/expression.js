@@ -158,11 +158,19 @@ export class ExpressionInput {
   }
 }
 
+/** Wait for a picture of a paused video near its beginning: before that, canvases get a black one. */
+async function presented(video) {
+  const shown = new Promise((resolve) => video.requestVideoFrameCallback(resolve));
+  video.currentTime = Math.min(0.1, video.duration / 2 || 0);
+  await Promise.race([shown, new Promise((resolve) => setTimeout(resolve, 3000))]);
+}
+
 /** A small JPEG of what an element shows, for previews; null if it shows nothing. */
 export async function smallPicture(element) {
   const width = element.videoWidth ?? element.naturalWidth;
   const height = element.videoHeight ?? element.naturalHeight;
   if (!width || !height) return null;
+  if (element.requestVideoFrameCallback) await presented(element);
   const scale = Math.min(1, 720 / Math.max(width, height));
   const canvas = h("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
   canvas.getContext("2d").drawImage(element, 0, 0, canvas.width, canvas.height);
