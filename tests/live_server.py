@@ -27,7 +27,6 @@ from beavervision.errors import BusyError
 from beavervision.live import Camera, Event, Moment
 from beavervision.media import Audio, Picture, sample_at
 from beavervision.serve.app import create_app
-from beavervision.serve.live import rooms
 from beavervision.serve.live.rooms import Rooms
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
@@ -118,15 +117,12 @@ def moment(n: int, rate: Fraction, due_s: float = 0.0, size_px: int = SIZE) -> M
 
 
 class _Engine:
-    def __init__(self, pipeline: Any, *, limit: int | None = None, abandoned_s: float = 0.0) -> None:
-        self.pipeline, self._limit = pipeline, limit
+    def __init__(self, limit: int) -> None:
         self.sessions: list[Flashes] = []
-
-    def warm(self) -> None:
-        return
+        self._limit = limit
 
     def open(self, source: Any, *, rate: Fraction, **how: Any) -> Flashes:
-        if self._limit is not None and sum(not s.closed for s in self.sessions) >= self._limit:
+        if self._limit and sum(not s.closed for s in self.sessions) >= self._limit:
             raise BusyError(f"{self._limit} live sessions are open, as many as may be.")
         session = Flashes(rate, has_camera=isinstance(source, Camera))
         if session.has_camera:
@@ -139,17 +135,15 @@ class _Engine:
             session.close()
 
 
-class _Pipeline:
-    def __init__(self, model: str, **_: Any) -> None:
-        self.card = self
-        self.name = model
+def flash(rooms: Rooms, limit: int, patch: pytest.MonkeyPatch) -> None:
+    """Let a server's sessions be flashing ones, whatever face they are given."""
 
-
-class _Avatar:
-    @classmethod
-    def prepare(cls, source: Path, pipeline: Any, **_: Any) -> _Avatar:
+    async def face(engine: Any, source: Path, wanted: Any) -> str:
         assert source.stat().st_size
-        return cls()
+        return "a face"
+
+    patch.setattr(rooms, "_loaded", lambda model: _Engine(limit))
+    patch.setattr(rooms, "_face", face)
 
 
 @dataclass(slots=True)
@@ -215,12 +209,10 @@ def served(folder: Path, *, flashing: bool, **settings: Any) -> Iterator[LiveSer
     """The application on a free port, in a thread; without workers."""
     service = Service(Settings(serve_folder=folder, device="cpu", **settings))
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
-        if flashing:
-            patch.setattr(rooms, "LiveEngine", _Engine)
-            patch.setattr(rooms, "Pipeline", _Pipeline)
-            patch.setattr(rooms, "Avatar", _Avatar)
-            patch.setattr(service, "examine", lambda video, audio: None)
         app = create_app(service)
+        if flashing:
+            flash(app.state.rooms, service.settings.live_sessions, patch)
+            patch.setattr(service, "examine", lambda video, audio: None)
         config = uvicorn.Config(
             app, log_config=None, lifespan="off", loop="asyncio", ws="websockets-sansio", ws_per_message_deflate=False
         )

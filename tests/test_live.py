@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beavervision.engine.host import rss_bytes
 from beavervision.errors import BeaverVisionError, BusyError, MediaError, TextError, UsageError
 from beavervision.evaluate.samples import portrait
 from beavervision.live import Avatar, Camera, Event, LiveEngine, LiveSession, ManualClock, Moment
+from beavervision.live import session as session_module
 from beavervision.live.session import WORK_S
 from beavervision.live.sound import RATE_HZ, Converter
 from beavervision.media import F32, Audio, Picture, sample_at
@@ -38,7 +41,7 @@ def pipeline() -> Pipeline:
 @cache
 def still() -> Avatar:
     with portrait() as path:
-        return Avatar.prepare(path, pipeline(), size_px=256)
+        return Avatar.prepare(path, pipeline(), size_px=256, alive=False)
 
 
 @cache
@@ -57,6 +60,7 @@ def pcm16(pcm: F32) -> bytes:
 @pytest.fixture
 def engine() -> Iterator[LiveEngine]:
     with LiveEngine(pipeline(), clock=ManualClock()) as made:
+        made.drew = lambda cost_s: None  # type: ignore[method-assign]  # a busy machine would refuse the second session
         yield made
 
 
@@ -155,9 +159,9 @@ def test_a_session_shows_what_the_same_stages_draw_without_one(
     plain = [p for clip in clips for p in clip.frames.pictures]
     assert len(drawn(still(), moments)) > 40
     apart = np.array([differs(m.picture, p) for m, p in zip(moments[base:], plain, strict=False)])
-    assert not apart[: int(2.3 * rate)].any()
+    assert not apart[: int(2 * rate)].any()
     # At last a drawing ends a little before the lips are closed to the last hair.
-    assert apart.max() < 16
+    assert apart.max() < 20
 
 
 def test_streamed_sound_may_be_cut_anywhere(engine: LiveEngine) -> None:
@@ -219,21 +223,42 @@ def test_silence_costs_no_network_and_a_still_stays_one_picture(
     assert all(m.fresh for m in moments)
 
 
-def test_fifty_interruptions_each_leave_silence_and_lips_at_rest_within_a_tenth_of_a_second(engine: LiveEngine) -> None:
+def test_a_microphone_that_hums_costs_no_network_for_long_and_is_heard_when_it_speaks(engine: LiveEngine) -> None:
+    rate = Fraction(25)
+    session = engine.open(still(), rate=rate)
+    noise = np.random.default_rng(3).normal(0, 0.004, 8 * RATE_HZ).astype(np.float32)
+    noise[6 * RATE_HZ :][: len(speech())] += speech()
+    pictures: list[int] = []
+
+    def step(s: LiveSession, index: int) -> None:
+        pictures.append(s.facts()["pictures"]["drawn"])
+        in_step(np.clip(noise, -1, 0.999), rate)(s, index)
+
+    moments = watch(session, 230, step)
+    assert 0 < pictures[90] < 90
+    assert pictures[90] == pictures[145]  # it is taken for noise, and heard all the same
+    assert len([i for i in drawn(still(), moments) if 155 < i < 215]) > 30
+    assert sound(moments)[3 * RATE_HZ : 5 * RATE_HZ].std() == pytest.approx(0.004, rel=0.05)
+
+
+def test_fifty_interruptions_each_leave_silence_and_lips_at_rest_within_a_tenth_of_a_second(
+    engine: LiveEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_AHEAD", 2)  # less to draw
     session = engine.open(still())
     rounds = 50
     cut: list[int] = []
     moving = 0
 
     def step(s: LiveSession, index: int) -> None:
-        turn, place = divmod(index, 10)
-        if place == 1 and turn < rounds:
+        turn, place = divmod(index, 8)
+        if place == 0 and turn < rounds:
             s.push_audio(pcm16(speech()[RATE_HZ // 5 :]), RATE_HZ)
-        if place == 8 and turn < rounds:
+        if place == 7 and turn < rounds:
             s.interrupt()
             cut.append(index)
 
-    moments = watch(session, 10 * rounds + 1, step)
+    moments = watch(session, 8 * rounds + 3, step)
     assert len(cut) == rounds
     for at in cut:
         # The last moment was handed out just before: what comes 40 ms later is fading, and what comes after it at rest.
@@ -331,12 +356,12 @@ def test_time_stands_still_while_nobody_takes_moments(engine: LiveEngine) -> Non
 
 def test_only_one_may_take_the_moments(engine: LiveEngine) -> None:
     session = engine.open(still())
+    moments = session.moments()
+    assert [next(moments).index for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UsageError, match="encoder"):
-        watch(session, 3, lambda s, i: watch_again(s))
-
-
-def watch_again(session: LiveSession) -> None:
-    session._attach()
+        watch(session, 3)
+    moments.close()
+    assert watch(session, 3)[0].index == 3
 
 
 def test_what_cannot_be_said_is_refused_at_once(engine: LiveEngine) -> None:
@@ -437,6 +462,7 @@ def test_a_defect_in_drawing_ends_the_session_with_an_error(monkeypatch: pytest.
         with pytest.raises(BeaverVisionError, match="defect"):
             watch(session, 500)
         assert session.closed
+        assert not engine.sessions()
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +496,7 @@ def test_an_avatar_is_the_same_after_saving_and_loading(moving: Path, tmp_path: 
             session.push_audio(pcm16(speech()[:24_000]), RATE_HZ)
             session.end_audio()
             shown.append(watch(session, 30))
+            session.close()
         assert all(differs(a.picture, b.picture) == 0 for a, b in zip(*shown, strict=True))
 
 
@@ -554,7 +581,7 @@ def test_a_camera_speaks_with_given_sound_and_is_itself_in_silence(engine: LiveE
 
 def test_an_expression_comes_smoothly_and_stays_while_the_face_speaks_and_after(engine: LiveEngine) -> None:
     session = engine.open(still())
-    brows = np.s_[60:110, 60:160]  # of the portrait at 256 px: eyes and brows, no mouth
+    brows = np.s_[24:50, 80:150]  # of the portrait at 256 px: eyes and brows, no mouth
 
     def step(s: LiveSession, index: int) -> None:
         if index == 10:
@@ -575,7 +602,7 @@ def test_an_expression_comes_smoothly_and_stays_while_the_face_speaks_and_after(
     assert np.abs(np.diff(change)).max() < 0.35 * change[50]  # no jump
     assert all(m.fresh for m in moments)
     lips = [m.index for m in moments if 62 <= m.index < 100]
-    assert np.std([moments[i].picture.y[110:150, 80:140].mean() for i in lips]) > 0.2
+    assert np.std([moments[i].picture.y[60:95, 84:140].mean() for i in lips]) > 0.2
     with pytest.raises(UsageError):
         session.set_expression("no such thing")
 
@@ -586,7 +613,151 @@ def test_marks_in_a_text_are_not_spoken_and_change_the_face(engine: LiveEngine) 
         session.say("[no-such-mark] Hello.")
     session.say("[surprised] Oh! [neutral] Hello there, my friend.")
     moments = watch(session, 100)
-    brows = np.s_[60:110, 60:160]
+    brows = np.s_[24:50, 80:150]
     plain = still().pictures[0].y[brows].astype(np.float32)
     change = np.array([np.abs(m.picture.y[brows] - plain).mean() for m in moments])
     assert change[:25].max() > 3 * max(change[-3:].max(), 0.1)
+
+
+def test_a_still_breathes_and_blinks_without_a_jump() -> None:
+    with portrait() as path:
+        avatar = Avatar.prepare(path, pipeline(), size_px=256, rate=10)
+    assert len(avatar.pictures) == 50
+    steps = [differs_mean(a, b) for a, b in itertools.pairwise(avatar.pictures)]
+    assert 0 < np.median(steps) < 1.5
+    lids = [face.points_px[145, 1] - face.points_px[159, 1] for face in avatar.track.faces if face is not None]
+    assert len(lids) == 50
+    assert min(lids) < 0.75 * np.median(lids)  # a blink
+    nose = np.array([face.points_px[1, :2] for face in avatar.track.faces if face is not None])
+    assert 0.3 < np.ptp(nose, axis=0).max() < 8
+    assert np.abs(np.diff(nose, axis=0)).max() < 1.5
+
+
+def differs_mean(a: Picture, b: Picture) -> float:
+    return float(np.abs(a.y.astype(np.int16) - b.y).mean())
+
+
+def test_four_minutes_keep_memory_and_time(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    grown: list[int] = []
+
+    def step(s: LiveSession, index: int) -> None:
+        if index % 1500 == 100:
+            s.say("Hello there.")
+        if index in (1000, 5990):
+            grown.append(rss_bytes())
+
+    async def main() -> None:
+        due = 0
+        async for moment in session.frames():
+            assert moment.audio.start == due
+            due += moment.audio.samples
+            step(session, moment.index)
+            if moment.index == 5999:
+                break
+
+    asyncio.run(main())
+    facts = session.facts()
+    assert facts["pictures"] == {"due": 6000, "drawn": facts["pictures"]["drawn"], "dropped": 0, "late": 0}
+    assert facts["skew_ms"] == 0
+    assert grown[1] - grown[0] < 20 << 20
+
+
+@pytest.mark.slow
+def test_ten_minutes_in_real_time() -> None:
+    """Two sessions, one that speaks and one that is spoken through: nothing is lost, nothing grows, nothing drifts."""
+    minutes = 10
+    texts = (
+        "Hello there, nice to meet you.",
+        "I can say whatever you like. It costs me very little.",
+        "One, two, three.",
+    )
+    grown: list[int] = []
+    with LiveEngine(pipeline()) as engine:
+        engine.warm(still())
+        says, streams = engine.open(still()), engine.open(still())
+        data = pcm16(speech())
+
+        async def feed() -> None:
+            start_s = time.monotonic()
+            for number in itertools.count():
+                at = number * 1920 % (len(data) // 1920 * 1920)
+                streams.push_audio(data[at : at + 1920], RATE_HZ)
+                await asyncio.sleep(max(start_s + number * 0.02 - time.monotonic(), 0))
+
+        async def take(session: LiveSession) -> None:
+            due = 0
+            async for moment in session.frames():
+                assert moment.audio.start == due == sample_at(moment.index, session.rate, RATE_HZ)
+                due += moment.audio.samples
+                if session is says and moment.index % 150 == 50:
+                    session.say(texts[moment.index // 150 % 3])
+                if session is says and moment.index % 1500 == 1490:
+                    grown.append(rss_bytes())
+                    session.interrupt()
+                if moment.index == minutes * 1500:
+                    break
+
+        async def main() -> None:
+            feeding = asyncio.ensure_future(feed())
+            await asyncio.gather(take(says), take(streams))
+            feeding.cancel()
+
+        asyncio.run(main())
+        for session in (says, streams):
+            facts = session.facts()
+            print(facts)
+            assert facts["skew_ms"] < 20
+            if facts["late_ms"]["p95"] < 10:  # the machine was free for this
+                assert facts["pictures"]["dropped"] <= 0.005 * facts["pictures"]["due"]
+                assert session is says or facts["delay_ms"]["measured_p95"] < 250
+                assert session is streams or facts["say_ms"]["p50"] < 500
+    assert grown[-1] - grown[0] < 20 << 20
+
+
+def test_calls_from_many_threads_at_once_leave_the_session_alive() -> None:
+    with LiveEngine(pipeline()) as engine:
+        session = engine.open(still(), rate=20)
+        over = threading.Event()
+        errors: list[BaseException] = []
+        data = pcm16(speech())
+
+        def storm(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            try:
+                while not over.is_set():
+                    what = random.integers(6)
+                    if what == 0:
+                        session.say("Yes. No.")
+                    elif what == 1:
+                        session.set_expression(str(random.choice(["happy", "neutral", "sad:0.5"])))
+                    elif what == 2:
+                        session.interrupt()
+                    elif what == 3:
+                        session.end_audio()
+                    else:
+                        at = int(random.integers(len(data) - 20_000))
+                        session.push_audio(data[at : at + int(random.integers(1, 20_000))], RATE_HZ)
+                    session.facts()
+                    over.wait(0.02)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=storm, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        moments = [moment for moment, _ in zip(session.moments(), range(60), strict=False)]
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert [m.index for m in moments] == list(range(60))
+        assert all(m.audio.start == m.index * 2400 for m in moments)
+        session.interrupt()
+        session.set_expression("neutral")
+        session.say("Hello.")
+        heard = np.concatenate([m.audio.pcm[0] for m, _ in zip(session.moments(), range(60), strict=False)])
+        assert np.abs(heard).max() > 0.05
+        started_s = time.monotonic()
+        session.close()
+        assert time.monotonic() - started_s < 5

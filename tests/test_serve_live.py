@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
 import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +28,11 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from beavervision.serve.access import add_key
+from beavervision.serve.app import create_app
 from beavervision.serve.live import room as room_module
+from beavervision.serve.problems import Problem
+from beavervision.serve.service import Service
+from beavervision.settings import Settings
 from tests.live_server import SIZE, LiveServer, Viewer, served, until, until_async
 
 BASE = "/api/v1/sessions"
@@ -47,13 +53,12 @@ def session(server: LiveServer) -> Iterator[dict[str, Any]]:
 
 async def closed_with(socket: ClientConnection) -> int:
     """The code by which the server closes a WebSocket; there is a reason too."""
-    try:
+    with suppress(ConnectionClosed):
         while True:
             await socket.recv()
-    except ConnectionClosed as closed:
-        assert closed.rcvd is not None, "it was closed without a word"
-        assert closed.rcvd.reason
-        return closed.rcvd.code
+    assert socket.close_code is not None
+    assert socket.close_reason
+    return socket.close_code
 
 
 # The resource -----------------------------------------------------------------------------------
@@ -147,6 +152,21 @@ def test_with_keys_a_session_is_its_owners_and_signed_addresses_do_for_media(
         assert asyncio.run(refused_with(f"{bare}?{to_speak[:-1]}")) == 4403
 
 
+def test_without_the_extra_the_address_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("beavervision.serve.live")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "aiortc", None)
+    service = Service(Settings(serve_folder=tmp_path))
+    try:
+        app = create_app(service)
+        assert app.state.rooms is None
+        with pytest.raises(Problem, match=r"beavervision\[live\]") as refused:
+            next(route.endpoint for route in app.routes if getattr(route, "path", "") == BASE)()
+        assert refused.value.status == 501
+    finally:
+        service.close()
+
+
 # WebRTC -----------------------------------------------------------------------------------------
 
 
@@ -203,6 +223,46 @@ def test_offers_that_cannot_be_used_are_refused_and_leave_no_peer(server: LiveSe
         assert (refused.status, refused.json["code"]) == (422, "sdp"), offer
     assert server.call("POST", url, b"v=0", "text/plain").status == 415
     until(lambda: server.rooms.get(session["id"], None).peers == {})
+
+
+def test_candidates_may_come_later_and_a_router_is_told(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = {
+        "live_public_host": "203.0.113.7",
+        "live_ice_servers": "turn:127.0.0.1:9?transport=udp",
+        "live_turn_secret": "s",
+    }
+    with served(tmp_path_factory.mktemp("router"), flashing=True, **settings) as server:
+        opened = server.open()
+        assert opened["media"]["ice_servers"][0]["urls"] == ["turn:127.0.0.1:9?transport=udp"]
+
+        async def scene() -> None:
+            pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+            pc.addTransceiver("video", "recvonly")
+            await pc.setLocalDescription(await pc.createOffer())
+            whole = pc.localDescription.sdp
+            lines = [line for line in whole.splitlines() if not line.startswith(("a=candidate", "a=end-of-candidates"))]
+            later = [line for line in whole.splitlines() if line.startswith("a=candidate")]
+            call = functools.partial(asyncio.to_thread, server.call)
+            answer = await call("POST", opened["media"]["whep"], "\r\n".join([*lines, ""]).encode(), "application/sdp")
+            assert answer.status == 201, answer
+            assert 'rel="ice-server"' in answer.headers["link"]
+            sdp = answer.body.decode()
+            told = [line.split(" ") for line in sdp.splitlines() if line.startswith("a=candidate")]
+            assert {line[5] for line in told if line[4] == "203.0.113.7"} <= {
+                line[5] for line in told if line[4] != "203.0.113.7"
+            }
+            assert any(line[4] == "203.0.113.7" for line in told)
+            where = answer.headers["location"]
+            assert "had no candidates" in (await call("GET", where)).json["detail"]
+            await pc.setRemoteDescription(RTCSessionDescription(sdp, "answer"))
+            fragment = "\r\n".join(["a=mid:0", *later, ""]).encode()
+            assert (await call("PATCH", where, fragment, "application/trickle-ice-sdpfrag")).status == 204
+            await until_async(lambda: pc.connectionState == "connected")
+            garbage = await call("PATCH", where, b"a=candidate:1 x", "application/trickle-ice-sdpfrag")
+            assert (garbage.status, garbage.json["code"]) == (422, "sdp")
+            await pc.close()
+
+        asyncio.run(scene())
 
 
 class _Camera(MediaStreamTrack):
@@ -453,6 +513,28 @@ def test_a_hundred_comings_and_goings_leave_nothing(server: LiveServer) -> None:
     assert left(server)[2] <= before[2] + 3, "no file or socket was left open"
     assert time.monotonic() - began_s < 60, "a hundred connections, and as many ends, in a minute"
     assert server.call("GET", "/healthz").status == 200
+
+
+def test_a_viewer_whose_network_is_cut_is_dropped_and_can_come_back(
+    server: LiveServer, session: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aioice.ice.CONSENT_INTERVAL", 0.3)
+    monkeypatch.setattr("aioice.ice.CONSENT_FAILURES", 2)
+    room = server.rooms.get(session["id"], None)
+
+    async def scene() -> None:
+        async with Viewer(server, session["media"]["whep"]) as viewer:
+            await until_async(lambda: viewer.pictures)
+            (peer,) = room.peers.values()
+            for protocol in viewer.pc.getTransceivers()[0].receiver.transport.transport._connection._protocols:
+                protocol.datagram_received = lambda data, addr: None  # nothing reaches it any more,
+                protocol.send_stun = lambda *_: None  # and nothing leaves it
+            await until_async(lambda: room.peers == {} and len(room.fanout) == 0)
+            assert peer.state == "closed"
+        async with Viewer(server, session["media"]["whep"]) as viewer:
+            await until_async(lambda: viewer.pictures and viewer.sounds)
+
+    asyncio.run(scene())
 
 
 def test_a_session_that_nobody_watches_is_ended(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -23,10 +23,7 @@ def clips(opening: list[float], loud: list[float], length: int) -> list[Clip]:
         n = len(opening[first : first + length])
         edges = [sample_at(first + i, RATE, HZ) for i in range(n + 1)]
         pcm = np.concatenate(
-            [
-                np.full((1, b - a), loud[first + i], np.float32)
-                for i, (a, b) in enumerate(itertools.pairwise(edges))
-            ],
+            [np.full((1, b - a), loud[first + i], np.float32) for i, (a, b) in enumerate(itertools.pairwise(edges))],
             axis=1,
         )
         track = FaceTrack((None,) * n, (FaceState.OK,) * n, np.ones(n, np.float32), (0,) * n)

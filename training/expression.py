@@ -3,15 +3,16 @@
     python -m training.expression scan --talkers ../shared/talkers --data work/data
     python -m training.expression learn --talkers ../shared/talkers --data work/data --out src/beavervision/models/data
 
-*Scan* tracks the faces of the train split, eight pictures a second, and keeps their points and blendshapes (``<clip>.face.npz``), and of each person
-one picture that is like most of theirs.
+*Scan* tracks the faces of the train split, eight pictures a second, and keeps their points and blendshapes
+(``<clip>.face.npz``), and of each person one picture that is like most of theirs.
 
-*Learn* regresses the pose-free points on the blendshapes, both against their clip's median: ridge regression on all blendshapes at once,
-so that each is what remains when the others stay as they are, on the clips and their mirror images. What a control must not move is
-taken out: each has its part and its side of the face, the outline stays, the gaps of lips and lids become factors (see
-:mod:`beavervision.models.expression`). Blendshapes that real clips hardly have, or only together with others, are laid out on the mesh by
-hand: :data:`DESIGNED`. Then each control is asked for at 0.5 on one picture of each of some people of the train split, the face is
-found again in the result, and the control is scaled so that the median of what is measured rises by :data:`WANTED`.
+*Learn* regresses the pose-free points on the blendshapes, both against their clip's median: ridge regression on all blendshapes
+at once, so that each is what remains when the others stay as they are, on the clips and their mirror images. What a control
+must not move is taken out: each has its part and its side of the face, the outline stays, the gaps of lips and lids become
+factors (see :mod:`beavervision.models.expression`). Blendshapes that real clips hardly have, or only together with others, are
+laid out on the mesh by hand: :data:`DESIGNED` (the frown by a search, on pictures of the train split, for what the net reads as
+one). Then each of :data:`CALIBRATED` is asked for at 0.5 on one picture of each of some people of the train split, the face is
+found again in the result, and it is scaled so that the median of what is measured rises by :data:`WANTED`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,13 +35,13 @@ from beavervision.models.face import Crop, FaceNets, blendshape_names
 from beavervision.stages.decode import Decode, from_rgb, probe
 from beavervision.stages.express import STILL, expressed
 from training.clips import read_index
-from training.export import DATA, record
 from training.pack import track
 
 SCAN_HZ = 8
-WANTED = 0.4  # rise of the measured blendshape for 0.5
-_GAINS = (0.3, 3.0)
-_ROUNDS = 4
+WANTED = 0.38  # rise of the measured blendshape for 0.5
+_GAINS = (0.3, 2.8)
+_LEAST_FACE_PX = 110
+_ROUNDS = 3
 _FRONTAL_DEG = 30.0
 _RIDGE = 0.1  # of each blendshape's own variance
 _FLOOR = 1e-3  # of the largest variance
@@ -54,7 +56,12 @@ OPENS = ("jawOpen", "mouthUpperUp", "mouthLowerDown")
 # Bumps on the mesh: x, y, radius, and the motion of its middle; on the picture's right side for Left, mirrored for Right.
 # "mouth" and "jaw" are mouthLeft, jawLeft and their like.
 DESIGNED: dict[str, tuple[tuple[float, float, float, float, float, float], ...]] = {
-    "mouthFrown": ((0.43, 1.15, 0.28, 0.015, 0.11, 0.0), (0.12, 1.1, 0.3, 0.0, -0.03, 0.0), (0.0, 1.65, 0.35, 0.0, -0.03, 0.0)),
+    "mouthFrown": (
+        (0.43, 1.15, 0.24, 0.067, 0.101, 0.0), (0.3, 1.3, 0.24, 0.059, 0.054, 0.0), (0, 1.1, 0.24, 0.000, -0.020, 0.0),
+        (0.22, 1.12, 0.24, 0.055, 0.024, 0.0), (0, 1.35, 0.24, 0.000, -0.020, 0.0), (0.25, 1.4, 0.24, 0.043, 0.010, 0.0),
+        (0, 1.65, 0.24, 0.000, -0.015, 0.0), (0.45, 1.5, 0.24, 0.029, 0.037, 0.0), (0.65, 1.3, 0.24, 0.033, 0.035, 0.0),
+        (0.6, 0.95, 0.24, 0.022, 0.032, 0.0), (0.25, 0.9, 0.24, 0.028, 0.007, 0.0), (0, 0.9, 0.24, 0.000, -0.019, 0.0),
+    ),
     "mouthStretch": ((0.45, 1.18, 0.32, 0.09, 0.025, 0.03),),
     "mouthDimple": ((0.45, 1.13, 0.25, 0.06, -0.01, 0.04),),
     "mouthPress": ((0.42, 1.15, 0.25, 0.02, 0.0, 0.0),),
@@ -68,19 +75,25 @@ DESIGNED: dict[str, tuple[tuple[float, float, float, float, float, float], ...]]
 }  # fmt: skip
 # By how much of their gap the upper and the lower lid close at 1. Clips have no wide eyes.
 LIDS = {
-    "eyeBlink": (1.25, 0.06),
-    "eyeSquint": (0.22, 0.50),
-    "eyeWide": (-0.85, -0.15),
+    "eyeBlink": (1.52, 0.0),
+    "eyeSquint": (0.22, 0.45),
+    "eyeWide": (-0.65, -0.05),
     "eyeLookUp": (-0.15, 0.05),
     "eyeLookDown": (0.35, -0.05),
     "cheekSquint": (0.0, 0.2),
+    "browInnerUp": (0.03, 0.08),
+    "browOuterUp": (0.03, 0.08),
 }
-GAZE = {"eyeLookIn": (-0.09, 0.0), "eyeLookOut": (0.09, 0.0), "eyeLookUp": (0.0, -0.055), "eyeLookDown": (0.0, 0.055)}
+GAZE = {
+    "eyeLookIn": (-0.09, 0.0),
+    "eyeLookOut": (0.09, 0.0),
+    "eyeLookUp": (0.0, -0.055),
+    "eyeLookDown": (0.0, 0.055),
+    "eyeWide": (0.0, -0.05),
+}
+EYE_ZOOM = (0.04, 0.1, 0.38)  # of a wide eye: across, down, and how far it reaches
 # Scaled by what is measured; the rest is as learned or designed.
-CALIBRATED = (
-    "mouthSmile", "mouthFrown", "browInnerUp", "browOuterUp", "browDown", "eyeWide", "eyeSquint", "eyeBlink",
-    "mouthPucker", "mouthDimple", "mouthStretch", "mouthPress",
-)  # fmt: skip
+CALIBRATED = ("mouthSmile", "browInnerUp", "browOuterUp", "browDown", "mouthPucker")
 _EYE_ROWS = (
     *(247, 30, 29, 27, 28, 56, 190, 243, 112, 26, 22, 23, 24, 110, 25, 130),
     *(113, 225, 224, 223, 222, 221, 189, 244, 233, 232, 231, 230, 229, 228, 31, 226),
@@ -111,7 +124,7 @@ def scan(talkers: Path, data: Path, limit: int | None = None) -> None:
             continue
         if len(points) < _LEAST_CLIP:
             continue
-        out = {"points": np.array(points, np.float32), "shapes": np.array(shapes, np.float32)}
+        out: dict[str, Any] = {"points": np.array(points, np.float32), "shapes": np.array(shapes, np.float32)}
         usual = int(np.argmin(np.abs(out["shapes"] - np.median(out["shapes"], axis=0)).sum(axis=1)))
         kept = pictures[usual]
         if kept is not None and abs(mesh.fit_pose(points[usual]).yaw_deg) < _FRONTAL_DEG:
@@ -162,7 +175,7 @@ def regressed(data: Path) -> tuple[Field, Field]:
             b += xs.T @ ys.reshape(len(ys), -1) / len(x)
     own = np.diag(a)
     motion = np.linalg.solve(a + np.diag(_RIDGE * own + _FLOOR * own.max()), b)
-    return motion.reshape(BLENDSHAPES, POINTS, 3), np.median(medians, axis=0)
+    return np.asarray(motion.reshape(BLENDSHAPES, POINTS, 3)), np.median(medians, axis=0)
 
 
 def assembled(motion: Field, face: Field, gains: dict[str, float]) -> ExpressionBasis:
@@ -182,10 +195,15 @@ def assembled(motion: Field, face: Field, gains: dict[str, float]) -> Expression
         kind = name.removesuffix("Left").removesuffix("Right")
         gain = gains.get(kind, 1.0)
         if kind in LIDS:
-            lids[k, 1 if side > 0 else 0] = np.array(LIDS[kind]) * gain
+            lids[k, slice(None) if not side else int(side > 0)] = np.array(LIDS[kind])
         if kind in GAZE:
             eye = slice(473, 478) if side > 0 else slice(468, 473)
             moves[k, eye, :2] = np.array(GAZE[kind]) * [side, 1]
+        if kind == "eyeWide":
+            middle = face[[33, 133] if side < 0 else [362, 263]].mean(axis=0)
+            away = (face - middle)[:468, :2]
+            near = np.exp(-(away**2).sum(axis=1, keepdims=True) / EYE_ZOOM[2] ** 2)
+            moves[k, :468, :2] = away * EYE_ZOOM[:2] * near * (1 - _step(y, 0.15, 0.55))[:468, None]
         if kind in (*BROWS, *MOUTH, *OPENS):
             both = motion[k] if not side else motion[k] + motion[names.index(kind + ("Right" if side > 0 else "Left"))]
             if side:
@@ -195,7 +213,9 @@ def assembled(motion: Field, face: Field, gains: dict[str, float]) -> Expression
             elif kind in MOUTH:
                 moves[k] = _lips_together(both * lower * gain, face)
             else:
-                gap = motion[k] if not side else motion[k] + motion[names.index(kind + ("Right" if side > 0 else "Left"))]
+                gap = (
+                    motion[k] if not side else motion[k] + motion[names.index(kind + ("Right" if side > 0 else "Left"))]
+                )
                 opens[k] = both * lower / _gap(gap)
         elif kind in DESIGNED:
             field = sum((_bump(face, *bump) for bump in DESIGNED[kind]), np.zeros((POINTS, 3)))
@@ -218,7 +238,7 @@ def _step(v: Field, low: float, high: float) -> Field:
 
 def _bump(face: Field, cx: float, cy: float, radius: float, dx: float, dy: float, dz: float) -> Field:
     away2 = (face[:, 0] - cx) ** 2 + (face[:, 1] - cy) ** 2
-    return np.exp(-away2 / radius**2)[:, None] * np.array([dx, dy, dz])
+    return np.asarray(np.exp(-away2 / radius**2)[:, None] * np.array([dx, dy, dz]))
 
 
 def _gap(field: Field) -> float:
@@ -244,6 +264,7 @@ def _lips_together(field: Field, face: Field) -> Field:
     share[low], share[up] = -0.5, 0.5
     for axis in (1, 2):
         over = np.interp(face[:, 0], at, [0.0, *apart[:, axis - 1], 0.0], left=0.0, right=0.0)
+        over[low] = over[up] = apart[:, axis - 1]
         out[:, axis] += share * over
     return out
 
@@ -270,7 +291,7 @@ def _lids_still(field: Field, face: Field) -> Field:
         beside = np.unique(np.concatenate([edges[edges[:, 0] == point, 1], edges[edges[:, 1] == point, 0]]))
         near[row, beside] = 1 / np.linalg.norm(face[beside] - face[point], axis=1)
     near /= near.sum(axis=1, keepdims=True)
-    for _ in range(200):
+    for _ in range(80):
         out[free] = near @ out.reshape(POINTS, 3)
     return out
 
@@ -287,11 +308,12 @@ def calibrated(data: Path, motion: Field, face: Field, people: int) -> dict[str,
         basis = assembled(motion, face, gains)
         rises = {}
         for kind in CALIBRATED:
-            wished = [k for k, n in enumerate(blendshape_names()) if n.removesuffix("Left").removesuffix("Right") == kind]
+            wished = [
+                k for k, n in enumerate(blendshape_names()) if n.removesuffix("Left").removesuffix("Right") == kind
+            ]
             rises[kind] = float(np.median([_rise(basis, wished, *one, nets) for one in seen]))
-            if kind != "eyeBlink":
-                change = np.clip(WANTED / max(rises[kind], 0.02), 0.5, 2.0) ** 0.8
-                gains[kind] = float(np.clip(gains[kind] * change, *_GAINS))
+            change = np.clip(WANTED / max(rises[kind], 0.02), 0.5, 2.0) ** 0.8
+            gains[kind] = float(np.clip(gains[kind] * change, *_GAINS))
         print(f"round {turn}:", {k: (round(v, 2), round(gains[k], 2)) for k, v in rises.items()}, flush=True)
     return gains
 
@@ -304,7 +326,7 @@ def _people(data: Path, nets: FaceNets) -> Iterator[tuple[Picture, F32]]:
             picture = from_rgb(raw["picture"])
         found = nets.detect(picture)
         face = nets.face(picture, found[0].crop, settle=2) if found else None
-        if face is not None:
+        if face is not None and np.ptp(face.points_px[:, 0]) >= _LEAST_FACE_PX:
             yield picture, face.points_px
 
 
@@ -320,6 +342,8 @@ def _rise(basis: ExpressionBasis, wished: list[int], picture: Picture, points: F
 
 
 def main() -> None:
+    from training.export import DATA, record  # which need PyTorch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["scan", "learn"])
     parser.add_argument("--talkers", type=Path, default=Path("../shared/talkers"))
@@ -337,7 +361,8 @@ def main() -> None:
     gains = calibrated(args.data, motion, face, 2 if args.smoke else args.people)
     basis = assembled(motion, face, gains)
     args.out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out / FILE, **basis.pack())
+    packed: dict[str, Any] = basis.pack()
+    np.savez_compressed(args.out / FILE, **packed)
     record(args.out, [FILE])
     print(f"{FILE}: {(args.out / FILE).stat().st_size / 1e3:.0f} kB")
 

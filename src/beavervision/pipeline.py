@@ -29,6 +29,7 @@ from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
 from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.beaver import load as load_beaver
 from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
 from beavervision.models.expression import load_basis
@@ -42,8 +43,7 @@ from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, p
 from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
 from beavervision.stages.encode import Encode
 from beavervision.stages.express import Express
-from beavervision.stages.hear import FRONT_ENDS, Hear
-from beavervision.stages.hear import RATE_HZ as HEAR_HZ
+from beavervision.stages.hear import Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
 from beavervision.stages.lipsync_wav2lip import Wav2LipSync
 from beavervision.stages.mark import Mark
@@ -386,10 +386,9 @@ class Pipeline:
         return Express(load_basis())(clips)
 
     def live_hear(self, rate: Fraction) -> Hear:
-        """Hearing for clips of one picture at `rate`: no further ahead of a picture than the model declares."""
+        """Hearing for clips of one picture at `rate`: no further ahead of a picture than the model needs."""
         timing = self._model.timing
-        window_ms = FRONT_ENDS[self._model.front_end].after * 1000 / HEAR_HZ
-        ahead_ms = max(timing.look_ahead_ms - window_ms - float(1000 / rate), 0.0)
+        ahead_ms = max(self._model.row_ahead_ms - float(1000 / rate), 0.0)
         return Hear(self._model.front_end, timing.left_context_ms, ahead_ms, self._voice, _LIVE_VOICE_AHEAD_MS)
 
     @property
@@ -578,6 +577,7 @@ class _Model:
     card: ModelCard
     front_end: str
     timing: Timing
+    row_ahead_ms: float  # from a picture's time to the middle of the last feature row that it needs, at most
     net: MicroBatcher  # the network that runs share
     seams: bool  # whether what it draws differs from the picture at the mask's edge
 
@@ -596,6 +596,7 @@ class _Model:
 
 class _Beaver(_Model):
     card = BEAVER
+    row_ahead_ms = 10.0 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 20.0  # and one step, to interpolate
     front_end = "logmel"
     seams = False
 
@@ -614,6 +615,7 @@ class _Imported(_Model):
     """A Wav2Lip checkpoint of the user's."""
 
     front_end = Wav2LipSync.front_end
+    row_ahead_ms = 15 * 12.5
     seams = True
 
     def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 8.0
 _SURVEY_HZ = 4
+_ALIVE_S = 5.0  # of a still's own motion, played back and forth
 _BLOCK = 8
 _FORMAT = 1  # of the folder
 _PICTURES, _ARRAYS, _FACTS = "pictures.mp4", "arrays.npz", "avatar.json"
@@ -148,6 +149,7 @@ class Avatar:
         rate: Fraction | int = 25,
         max_seconds: float = MAX_SECONDS,
         face: str = "largest",
+        alive: bool = True,
     ) -> Avatar:
         """Look at a video or still once.
 
@@ -156,6 +158,7 @@ class Avatar:
             size_px: the longer side of the pictures, which are made smaller for it, never larger; None keeps their size.
             rate: of the loop.
             max_seconds: how much of a video to use.
+            alive: let a still blink, breathe and sway a little while it listens and speaks.
             face: which one, as :meth:`beavervision.stages.detect.FaceChoice.parse`.
 
         Raises:
@@ -179,10 +182,12 @@ class Avatar:
                 f"{info.path}: no face was found in its first {max_seconds:g} s. "
                 "Use a picture that shows a face from the front" + (", or another face." if seen.faces_seen else ".")
             )
-        blocks = (pictures[i : i + _BLOCK] for i in range(0, len(pictures), _BLOCK))
-        starts = itertools.count(0, _BLOCK)
-        clips = (Clip(Frames(block, start, rate)) for block, start in zip(blocks, starts, strict=False))
-        tracked = list(Detect(nets, seen.choice)(clips))
+        tracked = _tracked(pictures, rate, nets, seen.choice)
+        if still and alive:
+            held = _tracked(pictures * max(1, int(_ALIVE_S * rate)), rate, nets, seen.choice)
+            moved = (clip.frames.pictures for clip in pipeline.enlivened(iter(held), _silence()))
+            pictures = tuple(itertools.islice(itertools.chain.from_iterable(moved), len(held) * _BLOCK))
+            tracked = _tracked(pictures, rate, nets, seen.choice)
         rest: list[Part | None] = []
         rest_px: list[F32 | None] = []
         silent: Iterator[Clip] = iter(tracked)
@@ -310,6 +315,12 @@ class Avatar:
 def _pictures(clips: Iterator[Clip]) -> Generator[Picture, None, None]:
     for clip in clips:
         yield from clip.frames.pictures
+
+
+def _tracked(pictures: Sequence[Picture], rate: Fraction, nets: FaceNets, choice: FaceChoice) -> list[Clip]:
+    blocks = (tuple(pictures[i : i + _BLOCK]) for i in range(0, len(pictures), _BLOCK))
+    clips = (Clip(Frames(block, i * _BLOCK, rate)) for i, block in enumerate(blocks))
+    return list(Detect(nets, choice)(clips))
 
 
 def _silence() -> Iterator[Audio]:

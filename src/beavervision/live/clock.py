@@ -18,6 +18,10 @@ class Clock(Protocol):
         """Return at `at_s`, at once if that has passed."""
         ...
 
+    def wait_until(self, at_s: float) -> None:
+        """The same, blocking the thread."""
+        ...
+
 
 class SystemClock:
     """The machine's monotonic clock."""
@@ -29,6 +33,9 @@ class SystemClock:
 
     async def sleep_until(self, at_s: float) -> None:
         await asyncio.sleep(max(at_s - time.monotonic(), 0))
+
+    def wait_until(self, at_s: float) -> None:
+        time.sleep(max(at_s - time.monotonic(), 0))
 
 
 class ManualClock:
@@ -48,5 +55,8 @@ class ManualClock:
         self._now_s += seconds
 
     async def sleep_until(self, at_s: float) -> None:
-        self._now_s = max(self._now_s, at_s)
+        self.wait_until(at_s)
         await asyncio.sleep(0)
+
+    def wait_until(self, at_s: float) -> None:
+        self._now_s = max(self._now_s, at_s)

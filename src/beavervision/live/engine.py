@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.resources import as_file, files
 
 from beavervision import metrics
 from beavervision.engine.host import cores
 from beavervision.errors import BusyError, UsageError
 from beavervision.live.avatar import Avatar
-from beavervision.live.clock import Clock, SystemClock
+from beavervision.live.clock import Clock, ManualClock, SystemClock
 from beavervision.live.footage import Camera
 from beavervision.live.session import LiveSession
 from beavervision.pipeline import Pipeline
 
 RATES = (5, 60)  # pictures a second, from and to
-_SHARE = 0.85  # of the machine that may be promised
+_SHARE = 0.65  # of the machine that may be promised
 _PICTURE_PX = 512 * 512  # what capacity is counted in
 _GUESS_MS = 14.0  # of drawing a picture, until one was drawn
 _TRACK_MS = 12.0  # of finding the face in a camera's picture
 _PACE = 0.02  # at which a measured cost counts
+_REHEARSAL = 60  # pictures
 _REAP_S = 5.0
 
 
@@ -69,7 +72,7 @@ class LiveEngine:
         self._lock = threading.Lock()
         self._sessions: dict[str, LiveSession] = {}
         self._draw_ms = _GUESS_MS
-        self._speakers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="live-speak")
+        self._speakers = ThreadPoolExecutor(max_workers=max(2, cores() // 2), thread_name_prefix="live-speak")
         self._closed = threading.Event()
         self._reaper: threading.Thread | None = None
 
@@ -79,11 +82,20 @@ class LiveEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def warm(self, voice: str | None = None, language: str | None = None) -> None:
-        """Load the voice and let it say a word, unheard: the first text is then answered as fast as all others."""
-        chosen = self.pipeline.speaker.voice(*self.pipeline.settings.voice_for(voice, language))
-        for _ in self.pipeline.speaker.speak("Ready.", voice=chosen.name):
-            pass
+    def warm(self, avatar: Avatar | None = None, voice: str | None = None, language: str | None = None) -> Capacity:
+        """Speak a sentence unheard, with `avatar` or the sample portrait: loads all that the first text would wait for, and
+        measures what a picture costs here.
+        """
+        if avatar is None:
+            with as_file(files("beavervision") / "samples" / "eileen_collins.png") as portrait:
+                avatar = Avatar.prepare(portrait, self.pipeline)
+        with LiveEngine(self.pipeline, clock=ManualClock()) as engine:
+            session = engine.open(avatar, voice=voice, language=language)
+            session.say("Ready to speak whenever you are, for as long as you like, about whatever there is to say.")
+            for _ in itertools.islice(session.moments(), _REHEARSAL):
+                pass
+            self._draw_ms = engine._draw_ms
+        return self.capacity()
 
     def open(
         self,
@@ -162,7 +174,7 @@ class LiveEngine:
     # For sessions -------------------------------------------------------------------------------
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
-        """Run `job` after those that wait: speech is synthesised for one session at a time, piece by piece."""
+        """Run `job` after those that wait: speech is synthesised for a few sessions at a time, piece by piece."""
         return self._speakers.submit(job)
 
     def drew(self, cost_s: float) -> None:

@@ -13,9 +13,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil
@@ -44,13 +44,16 @@ _SOON_S = 0.03  # a drawing that begins is given at least so long for its first 
 _EARLY_S = 0.25  # before the first sound a drawing begins: lips part before
 _AHEAD = 8  # pictures drawn before their time, at most
 _WARM = 10  # pictures gone through, undrawn, by a drawing that begins amid sound: its mouth is then where it would be
+_LATE = 2  # pictures by which a drawing may be late and still be shown, where there is none in time
+_LONGEST_S = 0.25  # that a drawing is reckoned with
 _BLOCK = 2  # pictures drawn at once while there is time
 _CATCH_UP = 50  # pictures that one drawing passes over, at most
 _SPEAK_AHEAD_S = 12.0  # so much speech is synthesised before its time
 _WAITING = 256  # texts, at most
-_REST = 0.002  # of the distance of the eyes' outer corners: lips that near to rest are at rest
+_REST = 0.001  # of the distance of the eyes' outer corners: lips that near to rest are at rest
 _FADE = 0.25  # by which a drawing on a mouth that moves by itself comes and goes with each picture,
 _LINGER = 8  # so many pictures after the last sound
+_NOISE_S = 1.5  # sound without a voice for so long is noise
 _GLIDE_S = 0.8  # in which a face comes to a new expression
 _SETTLED = 2e-3  # a look that changes less from picture to picture has come to rest,
 _UNSETTLED_S = 3.0  # or after so much silence
@@ -149,6 +152,8 @@ class _Run:
     level: float = 1.0  # how much of the drawing shows
     quiet: int = 0  # pictures since the last sound, with the lips at rest
     leaves: bool = False
+    voiceless: int = 0  # pictures since the last voice, though there is sound
+    look: Expression | None = None  # of the last picture
     clips: Iterator[Clip] = field(default_factory=lambda: iter(()))
 
 
@@ -157,6 +162,7 @@ class _Counts:
     due: int = 0
     drawn: int = 0
     dropped: int = 0
+    late: int = 0
     runs: int = 0
     blocks: int = 0
     interrupts: int = 0
@@ -200,12 +206,13 @@ class LiveSession:
         self._language = voice.language
         self._seed = seed
         self._script = script
-        self._look: Expression | None = None  # what the idle face expresses
-        self._glide_until = int(
-            script.anything and isinstance(source, Avatar)
-        )  # the picture by which a new expression is there
+        self._look: Expression | None = None  # what the face expresses that was shown last
+        self._glide_until = 0  # the picture by which a new expression is there
+        if script.anything and self._camera is None:
+            self._glide_until = 1
         self._shown_idle: tuple[Picture, Expression, Picture] | None = None
         self._closed = False
+        self._ended = False
         self._failed: BaseException | None = None
         self._numbers = itertools.count(1)
         self._utterances: deque[_Utterance] = deque()  # those that were not heard to their end
@@ -214,12 +221,13 @@ class LiveSession:
         self._speaking: Future[None] | None = None
         self._run: _Run | None = None
         self._retired: list[_Run] = []  # to be closed by the worker
-        self._drawn: dict[int, Picture] = {}
+        self._drawn: dict[int, tuple[Picture, Expression | None]] = {}
+        self._idles: dict[int, Picture] = {}  # pictures between drawings that had to be worked on
         self._last: Picture | None = None
         self._last_drawn = False
         self._ease: deque[float] = deque()  # shares of the last drawn picture in the next ones
         self._arrivals: deque[tuple[int, float]] = deque(maxlen=_KEPT)
-        self._cost_s = 0.02  # of a drawn picture, running mean
+        self._block_s = 0.02  # that a drawing takes, running mean
         self._counts = _Counts()
         self._listeners: list[Callable[[Event], None]] = []
         self.touched_s = self._clock.now()
@@ -339,6 +347,7 @@ class LiveSession:
             if self._last_drawn:
                 steps = max(int(_SILENCE_S * self.rate) - 1, 0)
                 self._ease = deque(1 - (k + 1) / (steps + 1) for k in range(steps))
+            self._last_drawn = False
             if self._script.anything and not self._face.own_mouth:  # whatever the words had the face express passes
                 self._glide_until = self._next + ceil(_GLIDE_S * self.rate)
             self._counts.interrupts += 1
@@ -373,28 +382,28 @@ class LiveSession:
                 raise UsageError("This session shows an avatar. Open one with a camera to send pictures.")
             self._camera.push(picture, self._now_s())
 
-    async def frames(self) -> AsyncIterator[Moment]:
+    async def frames(self) -> AsyncGenerator[Moment, None]:
         """The moments, each at its time, until the session is closed. One caller at a time; while there is none, time stands still.
 
         Raises:
             UsageError: somebody else takes them.
             BeaverVisionError: drawing failed.
         """
-        self._attach()
-        try:
+        with self._taking():
             while not self._closed:
-                due_s = self._due_s(self._next)
-                while self._clock.inline and self._clock.now() < due_s - _TICK_S:
-                    await self._clock.sleep_until(self._clock.now() + _TICK_S)
-                    self._work_now()
-                await self._clock.sleep_until(due_s)
-                if self._closed:
-                    break
-                yield self.take()
-        finally:
-            self._detach()
-        if self._failed is not None:
-            raise self._failed
+                for at_s in self._waits():
+                    await self._clock.sleep_until(at_s)
+                if not self._closed:
+                    yield self.take()
+
+    def moments(self) -> Generator[Moment, None, None]:
+        """The same for callers without an event loop: it blocks the calling thread."""
+        with self._taking():
+            while not self._closed:
+                for at_s in self._waits():
+                    self._clock.wait_until(at_s)
+                if not self._closed:
+                    yield self.take()
 
     def facts(self) -> dict[str, Any]:
         """What the session does and how well, ready for JSON. Times are in ms."""
@@ -406,7 +415,7 @@ class LiveSession:
                 "state": self._state(here),
                 "rate": str(self.rate),
                 "size_px": list(self.size_px),
-                "pictures": {"due": c.due, "drawn": c.drawn, "dropped": c.dropped},
+                "pictures": {"due": c.due, "drawn": c.drawn, "dropped": c.dropped, "late": c.late},
                 "delay_ms": {
                     "camera": None if self._camera is None else _ms(self._camera.delay_s),
                     "play_out": _ms(self.delay_s),
@@ -418,7 +427,7 @@ class LiveSession:
                 "say_ms": {"p50": _at(says, 0.5), "p95": _at(says, 0.95)},
                 "late_ms": {"p50": _at(behind, 0.5), "p95": _at(behind, 0.95)},
                 "skew_ms": _ms(c.skew_s),
-                "draw_ms": _ms(self._cost_s),
+                "draw_ms": _ms(self._block_s),
                 "block": round(c.drawn / c.blocks, 2) if c.blocks else None,
                 "queued_ms": _ms(max(self._line.head - here, 0) / RATE_HZ),
                 "interrupts": c.interrupts,
@@ -427,9 +436,10 @@ class LiveSession:
     def close(self) -> None:
         """End the session; returns when its threads have ended. Closing again does nothing."""
         with self._changed:
-            if self._closed:
-                return
             self._closed = True
+            if self._ended:
+                return
+            self._ended = True
             self._utterances.clear()
             self._stream = None
             speaking = self._speaking
@@ -441,6 +451,9 @@ class LiveSession:
             self._worker.join()
         self._retire()
         self._close_retired()
+        self._leave()
+
+    def _leave(self) -> None:
         self._engine.forget(self)
         metrics.forget_live(self.id)
 
@@ -529,18 +542,30 @@ class LiveSession:
 
     # Moments out --------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
+    @contextmanager
+    def _taking(self) -> Iterator[None]:
         with self._changed:
             self._touch()
             if self._origin_s is not None:
                 raise UsageError("Somebody takes this session's pictures already. Share them behind one encoder.")
             self._origin_s = self._clock.now() - float(self._next / self.rate)
             self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._origin_s = None
+                self.touched_s = self._clock.now()
+        if self._failed is not None:
+            raise self._failed
 
-    def _detach(self) -> None:
-        with self._changed:
-            self._origin_s = None
-            self.touched_s = self._clock.now()
+    def _waits(self) -> Iterator[float]:
+        """The times to wait for until the next moment is due; without a worker, work is done in between."""
+        due_s = self._due_s(self._next)
+        while self._clock.inline and self._clock.now() < due_s - _TICK_S:
+            yield self._clock.now() + _TICK_S
+            self._work_now()
+        yield due_s
 
     def _due_s(self, index: int) -> float:
         assert self._origin_s is not None
@@ -572,16 +597,28 @@ class LiveSession:
     def _picture(self, n: int, late: bool) -> tuple[Picture, bool]:
         """The picture of moment `n`, and whether it is the right one; `late`: it would be too late anyway."""
         run, drawn = self._run, self._drawn.pop(n, None)
+        for old in [i for i in self._drawn if i < n - _LATE]:
+            del self._drawn[old]
         if late and self._last is not None:
             return self._last, False
         if drawn is not None:
             self._ease.clear()
-            self._last, self._last_drawn = drawn, True
-            return drawn, True
+            for old in [i for i in self._drawn if i < n]:
+                del self._drawn[old]
+            self._last, self._look = drawn
+            self._last_drawn = True
+            return self._last, True
+        for older in range(n - 1, n - 1 - _LATE, -1):
+            if older in self._drawn and not self._ease:
+                self._last, self._look = self._drawn.pop(older)
+                self._last_drawn = True
+                self._counts.late += 1
+                return self._last, True
         if run is not None and n >= run.first and self._last_drawn and not self._ease:
             assert self._last is not None
             return self._last, False
-        rest = self._idle(n)
+        rest = self._idles.pop(n, None) or self._idle(n)
+        self._idles = {i: picture for i, picture in self._idles.items() if i > n}
         if self._ease and self._last is not None:
             self._last = _blend(self._last, rest, self._ease.popleft())
             return self._last, True
@@ -601,8 +638,8 @@ class LiveSession:
     def _draw_idle(self, n: int) -> None:
         picture = self._idle(n)
         with self._changed:
-            if self._run is None and n >= self._next:
-                self._drawn[n] = picture
+            if n >= self._next:
+                self._idles[n] = picture
 
     def _progress(self, stop: int, now_s: float) -> list[Event]:
         """Which utterances begin or end before sample `stop`."""
@@ -614,10 +651,9 @@ class LiveSession:
                 if u.chunks is not None:
                     self._counts.say_s.append(now_s - u.since_s)
                     metrics.LIVE_SAY_SECONDS.observe(now_s - u.since_s)
-            if not _over(u, stop):
-                break
-            self._utterances.popleft()
-            events.append(Event("finished", u.number, self._heard_s(u, u.stop)))
+            if _over(u, stop):
+                self._utterances.remove(u)
+                events.append(Event("finished", u.number, self._heard_s(u, u.stop)))
         while self._arrivals and self._arrivals[0][0] < stop:
             _, since_s = self._arrivals.popleft()
             if self._origin_s is not None:
@@ -627,6 +663,8 @@ class LiveSession:
         return events
 
     def _count(self, start: int, n: int, behind_s: float, fresh: bool) -> None:
+        if self._closed:
+            return
         c = self._counts
         c.due += 1
         metrics.LIVE_PICTURES_DUE.labels(self.id).inc()
@@ -698,6 +736,7 @@ class LiveSession:
         with self._changed:
             self._failed, self._closed = failed, True
             self._changed.notify_all()
+        self._leave()
 
     def _plan(self) -> tuple[Callable[[], None] | None, float | None]:
         """What to do now, or None and how many seconds until that may change (None: when something happens)."""
@@ -710,7 +749,7 @@ class LiveSession:
             return look, None
         run = self._run or self._begin(now_s)
         if run is None:
-            n = max(self._next, max(self._drawn, default=-1) + 1)
+            n = max(self._next, max(self._idles, default=-1) + 1)
             if self._look is None or n >= self._next + _BLOCK:
                 return None, None
             return lambda: self._draw_idle(n), None
@@ -719,7 +758,10 @@ class LiveSession:
             return None, None
         if (ready_s := self._face.ready_s(n)) > now_s:
             return None, ready_s - now_s
-        useful = max(self._next, ceil((now_s + min(self._cost_s, 0.03)) * self.rate))  # the first that can be in time
+        # The first that can be in time; where its sound is not there yet, the last whose sound is, to be shown late.
+        useful = max(self._next, ceil((now_s + min(self._block_s, _LONGEST_S)) * self.rate))
+        if useful > n and self._more_to_come():
+            useful = max(min(useful, self._heard_until() - 1), n)
         block = _BLOCK if n - useful >= _BLOCK else 1
         if self._camera is not None:
             block = 1
@@ -727,14 +769,17 @@ class LiveSession:
             block = min(useful + 1 - n, _CATCH_UP)
         if useful <= n and self._line.head < self._needed(n + block):
             block = 1
-        needs = self._needed(n + block)
-        if self._line.head < needs and self._more_to_come():
+        if self._line.head < self._needed(n + block) and self._more_to_come():
             # Nothing is drawn for as long as sound may still come in time to be heard where it belongs.
             give_up_s = self._line.head / RATE_HZ - float(1 / self.rate)
             if now_s < give_up_s:
                 return None, give_up_s - now_s
         run.asked, run.useful_from = range(run.asked.stop, n + block), useful
         return lambda: self._draw(run), None
+
+    def _heard_until(self) -> int:
+        """One after the last picture whose sound is there, with all that its drawing must hear."""
+        return int((self._line.head - self._needs) * self.rate / RATE_HZ)
 
     def _needed(self, stop: int) -> int:
         """One after the last sample that the pictures before `stop` must have heard."""
@@ -753,8 +798,9 @@ class LiveSession:
             if first >= self._next + _AHEAD:
                 return None
         first = max(first, self._next, ceil((now_s + _SOON_S) * self.rate), max(self._drawn, default=-1) + 1)
-        # Sound that was heard before it is gone through.
-        warm = 0 if self._face.own_mouth else min(_WARM, first)
+        # Sound that was heard before it is gone through; and where a drawing is continued, so is the motion of its mouth.
+        goes_on = (self._last_drawn or bool(self._drawn)) and not self._face.own_mouth
+        warm = min(_WARM, first) if goes_on else 0
         context = min(warm + ceil(Fraction(self._engine.pipeline.timing.left_context_ms) / 1000 * self.rate), first)
         if not np.any(line.read(*(sample_at(i, self.rate, RATE_HZ) for i in (first - context, first)))):
             warm = context = 0
@@ -767,7 +813,7 @@ class LiveSession:
             survey,
             self.rate,
             self._sound_of(run),
-            between=(_Shown(run), _From(self._look)),
+            between=(_Shown(run), _From(self._drawn[first - 1][1] if first - 1 in self._drawn else self._look)),
             script=script,
             seed=self._seed,
         )
@@ -786,10 +832,9 @@ class LiveSession:
                 limit = self._needed(run.asked.stop) - base
                 if run.heard >= limit:
                     raise AssertionError("hearing asks for more sound than it declares")
-                stop = min(run.heard + RATE_HZ // 100 if run.heard else limit, limit)
-                pcm = self._line.read(base + run.heard, base + stop)
-            yield Audio(pcm[None], RATE_HZ, run.heard)
-            run.heard = stop
+                start, run.heard = run.heard, limit
+                pcm = self._line.read(base + start, base + limit)
+            yield Audio(pcm[None], RATE_HZ, start)
 
     def _draw(self, run: _Run) -> None:
         """Draw the pictures that were asked for."""
@@ -797,26 +842,29 @@ class LiveSession:
         begin_s, cpu_s = self._clock.now(), time.thread_time()
         clip = next(run.clips)
         spent_s, cpu_s = self._clock.now() - begin_s, time.thread_time() - cpu_s
-        look = _look_at_last(clip)
+        self._block_s += 0.2 * (spent_s - self._block_s)
         at_rest = self._at_rest(clip, asked) and asked.stop >= self._glide_until
         with self._changed:
             self._counts.blocks += 1
             useful = len(asked) - sum(i < run.useful_from for i in asked)
-            if useful:
-                self._cost_s += 0.1 * (spent_s / useful - self._cost_s)
+            if useful and not at_rest:
                 self._engine.drew(cpu_s / useful)
             if self._run is not run:
                 return
-            for i, picture in zip(asked, clip.frames.pictures, strict=True):
-                if i >= max(run.useful_from, self._next):
-                    self._drawn[i] = picture
+            for at, (i, picture) in enumerate(zip(asked, clip.frames.pictures, strict=True)):
+                if i >= max(run.useful_from, self._next - _LATE):
+                    self._drawn[i] = picture, _look_at(clip, at)
                     self._counts.drawn += 1
             run.next = asked.stop
             quiet = self._line.loud_until <= sample_at(asked.stop, self.rate, RATE_HZ)
             run.quiet = run.quiet + len(asked) if quiet and at_rest else 0
             run.leaves = run.quiet >= _LINGER
-            settled = _apart(look, self._look) < _SETTLED or run.quiet > _UNSETTLED_S * self.rate
-            self._look = look
+            run.voiceless = run.voiceless + len(asked) if _voiceless(clip) and at_rest else 0
+            if not quiet and run.voiceless > _NOISE_S * self.rate:
+                at = sample_at(asked.stop, self.rate, RATE_HZ)
+                self._line.hush(at - RATE_HZ, at)
+            before, run.look = run.look, _look_at(clip, len(clip) - 1)
+            settled = _apart(run.look, before) < _SETTLED or run.quiet > _UNSETTLED_S * self.rate
             if run.quiet and (run.level == 0 if self._face.own_mouth else settled):
                 self._retire()
 
@@ -873,27 +921,31 @@ class _From:
         away: tuple[F32, F32] | None = None
         done = 0
         for clip in clips:
-            wanted = clip.expression
-            assert wanted is not None
+            wanted = clip.expression or _NO_LOOK
             if away is None:
                 has = self.look or _NO_LOOK
                 away = has.controls[0] - wanted.controls[0], has.head[0] - wanted.head[0]
             t = np.minimum(np.arange(done, done + len(clip), dtype=np.float32) / float(_GLIDE_S * clip.frames.rate), 1)
             left = (1 - t * t * (3 - 2 * t))[:, None]
             done += len(clip)
-            if left.any():
-                wanted = Expression(wanted.controls + left * away[0], wanted.head + left * away[1])
-                clip = replace(clip, expression=wanted)
+            if left.any() and (away[0].any() or away[1].any()):
+                eased = Expression(wanted.controls + left * away[0], wanted.head + left * away[1])
+                clip = replace(clip, expression=eased)
             yield clip
 
 
 _NO_LOOK = Expression(np.zeros((1, BLENDSHAPES), np.float32), STILL[None])
 
 
-def _look_at_last(clip: Clip) -> Expression | None:
-    """The expression of the last picture; None if it is nothing."""
-    assert clip.expression is not None
-    look = Expression(clip.expression.controls[-1:], clip.expression.head[-1:])
+def _voiceless(clip: Clip) -> bool:
+    return clip.heard is not None and float(clip.heard.voice.max()) < 0.5
+
+
+def _look_at(clip: Clip, at: int) -> Expression | None:
+    """The expression of a picture; None if it is nothing."""
+    if clip.expression is None:
+        return None
+    look = Expression(clip.expression.controls[at : at + 1], clip.expression.head[at : at + 1])
     return look if _apart(look, None) > _SETTLED else None
 
 

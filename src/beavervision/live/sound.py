@@ -14,7 +14,9 @@ RATE_HZ = 48_000
 HELD_S = 60.0  # of sound that may wait to be heard
 HISTORY = RATE_HZ * 2  # samples kept after they were taken: what a drawing that begins now must have heard
 _BLOCK = RATE_HZ // 100  # of loudness
-_LOUD = 10 ** (-55 / 20)  # root mean square from which something may be speech
+_LOUD = 10 ** (-55 / 20)  # root mean square from which something may be speech,
+_ABOVE_NOISE = 3.0  # and by how much it stands out of a known noise
+_LOUDEST_NOISE = 0.05
 _FADE = RATE_HZ // 100  # of sound that is cut
 
 
@@ -25,6 +27,7 @@ class SoundLine:
         self._pcm: F32 = np.zeros(RATE_HZ * 4, np.float32)
         self._first = 0  # number of the sample _pcm[0]
         self._measured = 0
+        self._noise = 0.0  # root mean square of what was found to be no speech
         self.head = 0  # one after the last sample written
         self.loud_from = 0  # where the latest stretch that may be speech begins,
         self.loud_until = 0  # and one after its last sample so far
@@ -77,6 +80,14 @@ class SoundLine:
             self.loud_until = min(self.loud_until, at)
         return lost
 
+    def hush(self, start: int, stop: int) -> None:
+        """The sound from `start` to `stop` is noise: what is no louder is no speech, from `stop` on, until it was quieter."""
+        pcm = self.read(start, stop)
+        self._noise = min(float(np.sqrt(np.mean(np.square(pcm)))), _LOUDEST_NOISE) if len(pcm) else 0.0
+        self._measured = stop
+        self.loud_until = min(self.loud_until, stop)
+        self._measure()
+
     def _make_room(self, stop: int, keep_from: int) -> None:
         if stop - self._first <= len(self._pcm):
             return
@@ -96,7 +107,9 @@ class SoundLine:
         if count <= 0:
             return
         pcm = self._pcm[start - self._first :][: count * _BLOCK].reshape(count, _BLOCK)
-        loud = np.flatnonzero(np.sqrt(np.mean(np.square(pcm), axis=1)) > _LOUD)
+        level = np.sqrt(np.mean(np.square(pcm), axis=1))
+        self._noise = min(self._noise, float(level.max()))
+        loud = np.flatnonzero(level > max(_LOUD, _ABOVE_NOISE * self._noise))
         if loud.size:
             begin = start + int(loud[0]) * _BLOCK
             if begin > self.loud_until + RATE_HZ // 2 or not self.loud_until:

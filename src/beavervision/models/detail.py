@@ -17,14 +17,16 @@ from beavervision.media import F32, U8, Patch, Picture
 from beavervision.models import mesh
 
 _RING_EYES = (0.15, 0.5)  # from the outer lip line to the ring's edges, in eye distances
-_FEATHER_EYES = 0.03
+_FEATHER_EYES, _LINE_EYES = 0.03, 0.03
 _OPEN = 0.06  # inner lip gap in mouth widths, from which there is an opening to look at
 _LEAST_PX = 16
-_EVERY = 3  # one in so many pictures is measured
-_PACE = 0.25  # of the controls, for each that is
+_EVERY = 4  # one in so many pictures is measured
+_PACE = 0.5  # of the controls, for each that is
 _OWN_PACE = 0.05  # of the running mean of the person's own detail
-_SOFTEN, _SHARPEN, _GRAIN = -0.9, 2.0, 1.5  # least and most of a control; most grain, against that of the skin
-_TRIES = 6  # on the first picture
+_SOFTEN, _SHARPEN, _SHARPEN_LIPS = -0.9, 2.5, 1.6  # least and most of the controls
+_HELP = 0.8
+_GRAIN = 1.5  # most, against that of the skin
+_TRIES = 6  # on the first picture, and on the first where own and drawn mouth are known open
 _FINE_PX, _FINE_EYES = 0.9, 0.006  # reach of the detail that is sharpened
 _GRAIN_EYES = 0.32  # side of the chin's patch
 _CHIN = (18, 200)  # the mesh points between which it lies
@@ -32,73 +34,80 @@ _CHIN = (18, 200)  # the mesh points between which it lies
 
 @dataclass(frozen=True, slots=True)
 class _Detail:
-    """The log of the energy against the ring's, None where there is too little to see."""
+    """The log of the energy against the ring's, None where there is too little to see: of the lips without the line between
+    them, of the opening, and of the whole mouth.
+    """
 
-    lips: float | None
-    opening: float | None
+    lips: float | None = None
+    opening: float | None = None
+    mouth: float | None = None
 
-    @property
-    def parts(self) -> tuple[float | None, float | None]:
-        return self.lips, self.opening
+    def toward(self, other: _Detail, pace: float) -> _Detail:
+        """The running mean, with what is seen in `other`."""
+
+        def mean(a: float | None, b: float | None) -> float | None:
+            return b if a is None else a if b is None else a + pace * (b - a)
+
+        return _Detail(mean(self.lips, other.lips), mean(self.opening, other.opening), mean(self.mouth, other.mouth))
 
 
 class MouthDetail:
     """The control over one shot; the state of a stream."""
 
     def __init__(self) -> None:
-        self._own: list[float | None] = [None, None]  # of lips and opening, running means
-        self._controls = [0.0, 0.0]
+        self._own = _Detail()  # the person's, a running mean
+        self._lips = self._opening = 0.0  # the controls
         self._count = 0
+        self._opened = False  # whether a drawn mouth was open since the person's own was
         self._grain_of: tuple[Picture, int] | None = None
 
     def matched(self, picture: Picture, patch: Patch, tracked_px: F32, drawn_px: F32) -> Patch:
         """`patch`, for `picture` whose face lies at `tracked_px`, drawn with `drawn_px` (478, 3), with the right detail."""
-        look = self._count % _EVERY == 0
         first = self._count == 0
+        look = self._count % _EVERY == 0
         self._count += 1
         if look:
-            for i, seen in enumerate(_detail(picture, tracked_px).parts):
-                own = self._own[i]
-                if seen is not None:
-                    self._own[i] = seen if own is None else own + _OWN_PACE * (seen - own)
+            pace = max(_OWN_PACE, _EVERY / (_EVERY + self._count))
+            self._own = self._own.toward(_detail(picture, None, tracked_px), pace)
+        opens = not self._opened and self._own.opening is not None and mesh.opening(drawn_px) > _OPEN
+        self._opened |= opens
+        look |= opens
         made = self._with_detail(picture, patch, drawn_px)
-        for _ in range(_TRIES if first else 1 if look else 0):
-            self._control(_detail(picture.painted((made,)), drawn_px), 1.0 if first else _PACE)
-            if first:
+        for _ in range(_TRIES if first or opens else 1 if look else 0):
+            self._control(_detail(picture, made, drawn_px), 1.0 if first else _PACE, 1.0 if opens else _PACE)
+            if first or opens:
                 made = self._with_detail(picture, patch, drawn_px)
         return made
 
-    def _control(self, made: _Detail, pace: float) -> None:
-        for i, seen in enumerate(made.parts):
-            # An opening that was never seen shall be as the skin is.
-            own = self._own[i] if self._own[i] is not None or i == 0 else 0.0
-            if seen is None or own is None:
-                continue
-            now = self._controls[i]
-            step = (
-                pace * (1 + now) / 2 * float(np.clip(own - seen, -1.5, 1.5))
-            )  # energy goes with (1 + control) squared
-            self._controls[i] = float(np.clip(now + step, _SOFTEN, _SHARPEN))
+    def _control(self, made: _Detail, lips_pace: float, opening_pace: float) -> None:
+        # An opening that was never seen shall have no less than the skin.
+        unknown = self._own.opening is None
+        opening = max(_missing(0.0, made.opening), 0.0) if unknown else _missing(self._own.opening, made.opening)
+        lips, mouth = _missing(self._own.lips, made.lips), _missing(self._own.mouth, made.mouth)
+        # Sharp lips are softened only if the mouth is too sharp, and lips help out where the mouth is still too soft.
+        lips = min(lips, mouth) if mouth < 0 else max(lips, _HELP * mouth)
+        self._opening = _stepped(self._opening, opening_pace * opening, _SHARPEN)
+        self._lips = _stepped(self._lips, lips_pace * lips, _SHARPEN_LIPS)
 
     def _with_detail(self, picture: Picture, patch: Patch, points_px: F32) -> Patch:
-        lips, opening = self._controls
-        eyes_px = mesh.fit_pose(points_px).scale_px
+        lips, opening = self._lips, self._opening
+        eyes_px = _eyes(points_px)
         box = _box(points_px, 0.12 * eyes_px, patch)
         if box is None:
             return patch
         rows, columns = box
         at = patch.y[rows, columns]
         origin = np.array([patch.region.x_px + columns.start, patch.region.y_px + rows.start], np.float32)
-        feather = max(0.6, _FEATHER_EYES * eyes_px)
+        feather = (2 * round(_FEATHER_EYES * eyes_px) + 3,) * 2
         inside, outside = (
-            cv2.GaussianBlur(_filled(points_px[ring, :2] - origin, at.shape), (0, 0), feather).astype(np.float32) / 255
+            cv2.blur(_filled(points_px[ring, :2] - origin, at.shape), feather).astype(np.float32) * np.float32(1 / 255)
             for ring in (mesh.INNER_LIP, mesh.OUTER_LIP)
         )
         outside = np.maximum(outside - inside, 0)
         values = at.astype(np.float32)
         fine = values - cv2.GaussianBlur(values, (0, 0), max(_FINE_PX, _FINE_EYES * eyes_px))
         values += fine * (lips * outside + opening * inside)
-        grain = min(max(lips, 0.0), _GRAIN) * outside * 0.5 + min(max(opening, 0.0), _GRAIN) * inside
+        grain = min(max(lips, 0.0), _GRAIN) * outside + min(max(opening, 0.0), _GRAIN) * inside
         if grain.max() > 0.02:
             values += grain * self._grain(picture, points_px, eyes_px, at.shape)
         y = patch.y.copy()
@@ -124,25 +133,55 @@ class MouthDetail:
         return np.asarray(whole[dy : dy + shape[0], dx : dx + shape[1]], np.float32)
 
 
-def _detail(picture: Picture, points_px: F32) -> _Detail:
-    eyes_px = mesh.fit_pose(points_px).scale_px
+def _missing(own: float | None, made: float | None) -> float:
+    return 0.0 if own is None or made is None else float(np.clip(own - made, -1.5, 1.5))
+
+
+def _stepped(control: float, missing: float, most: float) -> float:
+    """The energy goes with (1 + control) squared."""
+    return float(np.clip(control + (1 + control) / 2 * missing, _SOFTEN, most))
+
+
+def _eyes(points_px: F32) -> float:
+    corners = points_px[mesh.EYE_CORNERS, :2]
+    return float(np.linalg.norm(corners[:2].mean(axis=0) - corners[2:].mean(axis=0)))
+
+
+def _shown(picture: Picture, patch: Patch, x0: int, y0: int, x1: int, y1: int) -> U8:
+    """The luma of a box of the picture, painted with the patch."""
+    luma = picture.y[y0:y1, x0:x1].copy()
+    r = patch.region
+    left, top = max(r.x_px, x0), max(r.y_px, y0)
+    right, bottom = min(r.x_px + r.width_px, x1), min(r.y_px + r.height_px, y1)
+    if right > left and bottom > top:
+        there = np.s_[top - y0 : bottom - y0, left - x0 : right - x0]
+        here = np.s_[top - r.y_px : bottom - r.y_px, left - r.x_px : right - r.x_px]
+        alpha = patch.mask[here].astype(np.uint16)
+        luma[there] = (luma[there] * (255 - alpha) + patch.y[here] * alpha + 127) // 255
+    return luma
+
+
+def _detail(picture: Picture, patch: Patch | None, points_px: F32) -> _Detail:
+    """Of the picture, with the patch painted in if there is one; the mouth lies at `points_px`."""
+    eyes_px = _eyes(points_px)
     lips = points_px[mesh.OUTER_LIP, :2]
     reach = _RING_EYES[1] * eyes_px + 2
-    x0, y0 = np.maximum(np.floor(lips.min(axis=0) - reach).astype(int), 0)
-    x1, y1 = np.ceil(lips.max(axis=0) + reach).astype(int)
-    luma = picture.y[y0:y1, x0:x1]
-    if min(luma.shape) < 8:
-        return _Detail(None, None)
-    energy = cv2.Laplacian(luma, cv2.CV_32F)
-    energy *= energy
+    x0, y0 = (max(int(v), 0) for v in np.floor(lips.min(axis=0) - reach))
+    x1, y1 = (min(int(v), n) for v, n in zip(np.ceil(lips.max(axis=0) + reach), picture.y.shape[::-1], strict=True))
+    if min(x1 - x0, y1 - y0) < 8:
+        return _Detail()
+    luma = picture.y[y0:y1, x0:x1] if patch is None else _shown(picture, patch, x0, y0, x1, y1)
+    energy = cv2.Laplacian(luma, cv2.CV_32F) ** 2
     local = lips - np.array([x0, y0], np.float32)
     mouth = _filled(local, luma.shape)
     inside = _filled(points_px[mesh.INNER_LIP, :2] - np.array([x0, y0], np.float32), luma.shape)
     ring = _filled(_grown(local, _RING_EYES[1] * eyes_px), luma.shape)
     ring[_filled(_grown(local, _RING_EYES[0] * eyes_px), luma.shape) > 0] = 0
     if not ring.any():
-        return _Detail(None, None)
-    mouth[inside > 0] = 0
+        return _Detail()
+    line = max(2, 2 * round(_LINE_EYES * eyes_px) + 1)
+    only_lips = mouth.copy()
+    only_lips[cv2.dilate(inside, np.ones((line, line), np.uint8)) > 0] = 0
     around = cv2.mean(energy, ring)[0] + 1e-2
 
     def against_ring(mask: U8) -> float | None:
@@ -150,7 +189,7 @@ def _detail(picture: Picture, points_px: F32) -> _Detail:
         return float(np.log(seen / around)) if seen > 0 else None
 
     is_open = mesh.opening(points_px) > _OPEN
-    return _Detail(against_ring(mouth), against_ring(inside) if is_open else None)
+    return _Detail(against_ring(only_lips), against_ring(inside) if is_open else None, against_ring(mouth))
 
 
 def _grown(points: F32, by_px: float) -> F32:

@@ -1,7 +1,7 @@
 """How faces express: for each blendshape the way the mesh moves, learned from real clips in the pose-free frame.
 
-What opens and closes is kept apart from what moves. A control never opens or closes lips or lids by a length: it makes a gap larger or
-smaller by a factor, so that lips which speech closes stay closed, and a blink is a whole one for narrow and for wide eyes.
+What opens and closes is kept apart from what moves. A control never opens or closes lips or lids by a length: it makes a gap
+larger or smaller by a factor, so that lips which speech closes stay closed, and a blink is whole for narrow and for wide eyes.
 """
 
 from __future__ import annotations
@@ -58,29 +58,34 @@ class ExpressionBasis:
 
     def displacement(self, controls: F32, face: F32) -> F32:
         """How the points of a pose-free `face` (478, 3) move for `controls` (52,), lids apart."""
+        controls = _eased(controls)
         used = np.flatnonzero(controls)
         gap = float((face[INNER_LOWER[2:7], 1] - face[INNER_UPPER[2:7], 1]).mean())
         weights = controls[used]
         move = np.tensordot(weights, self.moves[used], axes=1)
         if gap > 0:
             move += np.tensordot(weights * np.float32(gap), self.opens[used], axes=1)
-            # Lips may meet, never cross.
-            crossed = (face + move)[INNER_LOWER, 1] < (face + move)[INNER_UPPER, 1]
-            if crossed.any():
-                low, up = INNER_LOWER[crossed], INNER_UPPER[crossed]
-                over = np.minimum(face[low, 1] - face[up, 1], 0) - (move[low, 1] - move[up, 1] + face[low, 1] - face[up, 1])
-                move[low, 1] += np.maximum(over, 0) / 2
-                move[up, 1] -= np.maximum(over, 0) / 2
+            # Lips may meet, never cross further than they do.
+            before = face[INNER_LOWER, 1] - face[INNER_UPPER, 1]
+            after = before + move[INNER_LOWER, 1] - move[INNER_UPPER, 1]
+            over = np.maximum(np.minimum(before, 0) - after, 0) / 2
+            move[INNER_LOWER, 1] += over
+            move[INNER_UPPER, 1] -= over
         return np.asarray(move, np.float32)
 
     def closing(self, controls: F32) -> F32:
         """By how much of its gap each lid moves, (2, 2) as :attr:`lids`; no eye closes further than shut."""
-        lids = np.tensordot(controls, self.lids, axes=1)
+        lids = np.tensordot(_eased(controls), self.lids, axes=1)
         total = lids.sum(axis=1, keepdims=True)
         return np.asarray(np.where(total > 1, lids / np.maximum(total, 1e-6), np.maximum(lids, -_MAX_WIDE)), np.float32)
 
 
 _MAX_WIDE = 0.7  # of its gap, how far a lid may be raised
+
+
+def _eased(controls: F32) -> F32:
+    """Controls so that small ones count for more and large ones for less; 0.5 stays what it is."""
+    return np.asarray(controls * (2 - np.abs(controls)) * np.float32(2 / 3), np.float32)
 
 
 @cache
@@ -118,8 +123,8 @@ def samples() -> Samples:
         area = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
         if (high < low).any() or abs(area) < 1e-9:
             continue
-        x, y = np.meshgrid(np.arange(low[0], high[0] + 1) * _SPACING, np.arange(low[1], high[1] + 1) * _SPACING)
-        x, y = x.ravel(), y.ravel()
+        xs, ys = np.meshgrid(np.arange(low[0], high[0] + 1) * _SPACING, np.arange(low[1], high[1] + 1) * _SPACING)
+        x, y = xs.ravel(), ys.ravel()
         wb = ((x - a[0]) * (c[1] - a[1]) - (y - a[1]) * (c[0] - a[0])) / area
         wc = ((b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])) / area
         w = np.stack([1 - wb - wc, wb, wc], axis=1)
@@ -127,5 +132,3 @@ def samples() -> Samples:
         corners.append(np.repeat(triangle[None], len(w), axis=0))
         weights.append(w)
     return Samples(np.concatenate(corners), np.concatenate(weights).astype(np.float32))
-
-

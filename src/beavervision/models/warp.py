@@ -12,6 +12,7 @@ import numpy.typing as npt
 from beavervision.media import F32, U8, Picture, Region
 
 _GRID = 128  # cells along the longer side of a region, in which the triangles are found
+_TORN = 0.5  # cells between the offsets of a cell and that below it: more than by any smooth motion
 
 
 def triangle_flow(
@@ -48,16 +49,54 @@ def triangle_flow(
     start = offset[:, 0] - gx * a[:, :1] - gy * a[:, 1:]
     table = np.zeros((len(fixed) + 1, 10), np.float32)
     table[1:] = np.concatenate([gx, gy, start, offset.min(axis=1), offset.max(axis=1)], axis=1)
-    row = table.take(number, axis=0)
     x = ((np.arange(small[0], dtype=np.float32) + 0.5) * step)[:, None]
     y = ((np.arange(small[1], dtype=np.float32) + 0.5) * step)[:, None, None]
-    flow: Any = np.clip(row[..., 0:2] * x + row[..., 2:4] * y + row[..., 4:6], row[..., 6:8], row[..., 8:10])
+    coarse = _offsets(table.take(number, axis=0), x, y)
     inside = (number > 0).astype(np.float32)
     full = (small[0] * step, small[1] * step)
-    flow = cv2.resize(flow, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+    flow: Any = cv2.resize(coarse, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+    if step > 1:
+        _mend(flow, coarse, corners[kept], table, step)
     soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)), (0, 0), 1.5)
     mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
     return np.asarray(flow, np.float32), np.asarray(mask, np.float32)
+
+
+def _offsets(row: F32, x: F32, y: F32) -> F32:
+    return np.clip(row[..., 0:2] * x + row[..., 2:4] * y + row[..., 4:6], row[..., 6:8], row[..., 8:10])
+
+
+def _mend(flow: F32, coarse: F32, corners_px: F32, table: F32, step: int) -> None:
+    """Find the triangles to the pixel (in place) where a cell and the one below come from afar, as upper and lower lip do: between
+    them pixels would be taken from what lay between the lips.
+    """
+    torn = np.zeros(coarse.shape[:2], np.uint8)
+    apart = np.abs(coarse[1:, :, 1] - coarse[:-1, :, 1]) > _TORN * step
+    torn[1:][apart] = 1
+    torn[:-1][apart] = 1
+    torn = np.asarray(cv2.dilate(torn, np.ones((1, 3), np.uint8)), np.uint8)
+    x, y, width, height = cv2.boundingRect(torn)
+    if not width:
+        return
+    here = np.s_[y : y + height, x : x + width]
+    number = np.zeros((height * step, width * step), np.int32)
+    origin = np.array([x, y], np.float32) * step
+    # Only the triangles that have torn cells in their bounds.
+    count = cv2.integral(torn)
+    cells = np.array(torn.shape[::-1])
+    x0, y0 = np.clip(np.floor(corners_px.min(axis=1) / step).astype(int), 0, cells).T
+    x1, y1 = np.clip(np.ceil(corners_px.max(axis=1) / step).astype(int), 0, cells).T
+    near = np.flatnonzero(count[y1, x1] - count[y0, x1] - count[y1, x0] + count[y0, x0])
+    fixed = np.round((corners_px[near] - origin) * 16 - 8).astype(np.int32)
+    for i, triangle in zip(near, fixed, strict=True):
+        cv2.fillConvexPoly(number, triangle, int(i) + 1, lineType=cv2.LINE_8, shift=4)
+    box = flow[y * step : (y + height) * step, x * step : (x + width) * step]
+    fine = cv2.resize(torn[here], number.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    rows, columns = np.nonzero(
+        (fine[: box.shape[0], : box.shape[1]] > 0) & (number[: box.shape[0], : box.shape[1]] > 0)
+    )
+    at = np.stack([columns, rows], axis=1).astype(np.float32) + origin + np.float32(0.5)
+    box[rows, columns] = _offsets(table[number[rows, columns]], at[:, :1], at[:, 1:])
 
 
 def warped(picture: Picture, region: Region, flow: F32) -> tuple[U8, U8, U8]:

@@ -1,9 +1,9 @@
 """Give the face an expression: a dense, smooth warp of the face region, on the planes, after the lips are drawn.
 
-The points of the mesh move as the learned basis says (:mod:`beavervision.models.expression`), the head as a solid in two and a half dimensions.
-The motion of samples all over the surface is laid onto a coarse grid where it arrives and made smooth there (normalised convolution,
-Knutsson and Westin, 1993), so that it needs no inversion; around the face's outline it fades to nothing. The eyes are two layers: the lids' skin,
-pulled over the opening, and the eyeball, which stays where it is.
+The points of the mesh move as the learned basis says (:mod:`beavervision.models.expression`), the head as a solid in two and a
+half dimensions. The motion of samples all over the surface is laid onto a coarse grid where it arrives and made smooth there
+(normalised convolution, Knutsson and Westin, 1993), so that it needs no inversion; around the face's outline it fades to
+nothing. The eyes are two layers: the lids' skin, pulled over the opening, and the eyeball, which stays where it is.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
 _CELLS = 17  # of the grid, to the distance of the eyes
 _SMOOTH_CELLS = 1.1
-_MOVES_PX = 0.01  # cells that move less stay as they are
+_MOVES_PX = 0.12  # cells that move less stay as they are
 _LEAST_FACE_PX = 4.0  # between the eyes
 _AROUND = 1.0  # how much of the picture around the face is looked at, in eye distances
-_ROWS = 8  # of cells, remapped together
+_ROWS = 6  # of cells, remapped together
 _LEAST_GAZE_PX = 0.02
 _NECK = np.array([0.0, 1.6, 1.1], np.float32)  # what the head turns about, in the pose-free frame
 # How far beyond the outline, in parts of the way from its middle, the motion of the skin and that of the head reach.
-_SKIN_REACH, _HEAD_REACH = 0.2, 0.36
+_SKIN_REACH, _HEAD_REACH = 0.18, 0.3
 _LEVELS = 0.06  # steps of the samples there
 _BETWEEN = 3  # samples from one point of the outline to the next
 
@@ -111,7 +111,7 @@ def _outline() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], F32]:
     """Samples along the face's outline: between which two points each lies, and how near to the second."""
     after = np.roll(FACE_OVAL, -1)
     part = np.tile(np.arange(_BETWEEN, dtype=np.float32) / _BETWEEN, len(FACE_OVAL))[:, None]
-    return np.repeat(FACE_OVAL, _BETWEEN), np.repeat(after, _BETWEEN), part
+    return np.repeat(FACE_OVAL, _BETWEEN), np.repeat(after, _BETWEEN), part.astype(np.float32)
 
 
 def _fade(away: F32, reach: float) -> F32:
@@ -128,7 +128,7 @@ class _Warp:
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
         """`grid` (rows, columns, 2): how far away each cell of `step` pixels finds its own."""
         self._x, self._y, self._step = x, y, step
-        self._moves = (np.abs(grid) > _MOVES_PX).any(axis=2).astype(np.uint8)
+        self._moves = (np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1])) > _MOVES_PX).astype(np.uint8)
         # Where each cell's middle comes from: linear interpolation between these is exact where nothing moves.
         grid[..., 0] += (np.arange(grid.shape[1], dtype=np.float32) + 0.5) * step + (x - 0.5)
         grid[..., 1] += ((np.arange(grid.shape[0], dtype=np.float32) + 0.5) * step + (y - 0.5))[:, None]
@@ -149,12 +149,14 @@ class _Warp:
         inside = lattice.of(np.concatenate([points, every], axis=1))
         move = np.concatenate([inside[:, 2:], moved.reshape(-1, 2)])
         target = np.concatenate([inside[:, :2], outside.reshape(-1, 2)]) + move
-        step = max(1, round(pose.scale_px / _CELLS))
-        moving = target[(np.abs(move) > _MOVES_PX).any(axis=1)]
-        reached = np.concatenate([moving if eyes or len(moving) else target[:1], *(eye.box(eye.middle).reshape(2, 2) for eye in eyes)])
-        # Even in pixels, whatever the step, so that chroma samples are whole.
-        low = (np.floor(reached.min(axis=0) / step).astype(int) - 3) // 2 * 2
-        size = -((low - np.ceil(reached.max(axis=0) / step).astype(int) - 3) // 2) * 2
+        step = max(1, round(pose.scale_px / _CELLS / 2)) * 2  # even: chroma samples are whole
+        moving = target[np.maximum(np.abs(move[:, 0]), np.abs(move[:, 1])) > _MOVES_PX]
+        reached = np.concatenate(
+            [moving if eyes or len(moving) else target[:1], *(eye.box(eye.middle).reshape(2, 2) for eye in eyes)]
+        )
+        lowest, highest = (np.array([f(reached[:, 0]), f(reached[:, 1])]) / step for f in (np.min, np.max))
+        low = np.floor(lowest).astype(int) - 3
+        size = np.ceil(highest).astype(int) + 3 - low
         grid = _splat(target * np.float32(1 / step) - low.astype(np.float32), -move, int(size[0]), int(size[1]))
         return cls(int(low[0]) * step, int(low[1]) * step, step, grid)
 
@@ -165,44 +167,54 @@ class _Warp:
         for row in range(0, rows, _ROWS):
             used = np.flatnonzero(moves[row : row + _ROWS].any(axis=0))
             if used.size:
-                box = np.array([used[0] // 2 * 2, row, -(-(used[-1] + 1) // 2) * 2, min(row + _ROWS, rows)])
-                x, y, where = self._where(box, region)
-                planes.draw(x, y, where)
+                box = np.array([used[0], row, used[-1] + 1, min(row + _ROWS, rows)])
+                planes.draw(*self._where(box, region))
         for eye in eyes:
             box = eye.box(self._moved_at(eye.middle)).reshape(2, 2) - [self._x, self._y]
-            box = np.clip((box / (2 * self._step) + [[0, 0], [1, 1]]).astype(int) * 2, 0, [columns, rows])
-            x, y, where = self._where(box.ravel(), region)
+            box = np.clip((box / self._step + [[0, 0], [1, 1]]).astype(int), 0, [columns, rows])
+            x, y, where, _ = self._where(box.ravel(), region)
             where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4]
             if where.size:
                 ball = eye.place(where)
-                planes.draw(x, y, where)
+                planes.draw(x, y, where, _halved(where))
                 if ball is not None:
-                    planes.draw(x + ball.x, y + ball.y, ball.where, ball.alpha)
+                    planes.draw(x + ball.x, y + ball.y, ball.where, _halved(ball.where), ball.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
-    def _where(self, cells: npt.NDArray[np.intp], region: Region) -> tuple[int, int, F32]:
-        """The pixels of a box of cells (x, y, x end, y end; even numbers) within the region: the first one, and where they come from."""
+    def _where(self, cells: npt.NDArray[np.intp], region: Region) -> tuple[int, int, F32, F32]:
+        """A box of cells (x, y, x end, y end) within the region: its first pixel, where its pixels and where its
+        chroma samples come from."""
         c0, r0, c1, r1 = (int(v) for v in cells)
+        step = self._step
         # One cell more to each side, between whose middles the outermost pixels lie.
-        a, b = min(c0, 1), min(r0, 1)
+        a, b = int(c0 > 0), int(r0 > 0)
         grid = self._grid[r0 - b : r1 + 1, c0 - a : c1 + 1]
-        size = (grid.shape[1] * self._step, grid.shape[0] * self._step)
-        where = cv2.resize(grid, size, interpolation=cv2.INTER_LINEAR)
-        x, y = self._x + c0 * self._step, self._y + r0 * self._step
+        rows, columns = grid.shape[:2]
+        x, y = self._x + c0 * step, self._y + r0 * step
         left, top = max(0, -x), max(0, -y)
-        width, height = min((c1 - c0) * self._step, region.width_px - x), min((r1 - r0) * self._step, region.height_px - y)
-        return x + left, y + top, where[b * self._step :, a * self._step :][top : max(height, 0), left : max(width, 0)]
+        right = max(min((c1 - c0) * step, region.width_px - x), left)
+        bottom = max(min((r1 - r0) * step, region.height_px - y), top)
+        where = cv2.resize(grid, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
+        # A chroma sample lies between two pixels: number i at 2 i + 0.5.
+        grid = grid * np.float32(0.5) - np.float32(0.25)
+        where_c = cv2.resize(grid, (columns * step // 2, rows * step // 2), interpolation=cv2.INTER_LINEAR)
+        where = where[b * step + top : b * step + bottom, a * step + left : a * step + right]
+        at, to = (b * step + top) // 2, (a * step + left) // 2
+        where_c = where_c[at : at + (bottom - top) // 2, to : to + (right - left) // 2]
+        return x + left, y + top, np.asarray(where, np.float32), np.asarray(where_c, np.float32)
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
-        cell = np.clip(((place - [self._x, self._y]) / self._step).astype(int), 0, np.array(self._moves.shape[::-1]) - 1)
+        cell = np.clip(
+            ((place - [self._x, self._y]) / self._step).astype(int), 0, np.array(self._moves.shape[::-1]) - 1
+        )
         middle = (cell + 0.5) * self._step + [self._x, self._y] - 0.5
         return np.asarray(place + middle - self._grid[cell[1], cell[0]], np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Planes:
-    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated as floats: that is the faster."""
+    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats: it is faster."""
 
     new: tuple[U8, U8, U8]
     old_y: F32
@@ -218,20 +230,29 @@ class _Planes:
         old = (picture.u[chroma], picture.v[chroma])
         return cls(new, picture.y[luma].astype(np.float32), old, (new[0][luma], new[1][chroma], new[2][chroma]))
 
-    def draw(self, x: int, y: int, where: F32, alpha: F32 | None = None) -> None:
-        """Draw what comes from `where` with its corner at (x, y), of even sides and place; `alpha` mixes it in."""
+    def draw(self, x: int, y: int, where: F32, where_c: F32, alpha: F32 | None = None) -> None:
+        """Draw what comes from `where`, chroma from `where_c`, with its corner at (x, y), all even; `alpha` mixes it in."""
         if not where.size:
             return
-        # A chroma sample lies between two pixels: number i at 2 i + 0.5.
-        half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_AREA)
-        half = cv2.addWeighted(half, 0.5, half, 0.0, -0.25)
         luma = _remap(self.old_y, where, cv2.INTER_CUBIC)
-        news = [cv2.convertScaleAbs(np.maximum(luma, 0, out=luma)), *(_remap(p, half, cv2.INTER_LINEAR) for p in self.old_c)]
-        weights = (None, None) if alpha is None else (alpha, cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA))
-        for plane, new, shift in zip(self.to, news, (0, 1, 1), strict=True):
-            to = plane[y >> shift : (y >> shift) + new.shape[0], x >> shift : (x >> shift) + new.shape[1]]
-            weight = weights[shift]
-            to[:] = new if weight is None else (to + (new.astype(np.float32) - to) * weight + np.float32(0.5)).astype(np.uint8)
+        cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
+        self._put(0, x, y, np.asarray(cv2.convertScaleAbs(luma), np.uint8), alpha)
+        if alpha is not None:
+            alpha = np.asarray(cv2.resize(alpha, where_c.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
+        for i, plane in enumerate(self.old_c, 1):
+            self._put(i, x // 2, y // 2, _remap(plane, where_c, cv2.INTER_LINEAR), alpha)
+
+    def _put(self, plane: int, x: int, y: int, new: U8, alpha: F32 | None) -> None:
+        to = self.to[plane][y : y + new.shape[0], x : x + new.shape[1]]
+        to[:] = (
+            new if alpha is None else (to + (new.astype(np.float32) - to) * alpha + np.float32(0.5)).astype(np.uint8)
+        )
+
+
+def _halved(where: F32) -> F32:
+    """Where chroma samples come from, given where the pixels do, an even number of them."""
+    half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    return np.asarray(half * np.float32(0.5) - np.float32(0.25), np.float32)
 
 
 def _remap(plane: npt.NDArray[Any], where: F32, how: int) -> npt.NDArray[Any]:
@@ -240,20 +261,19 @@ def _remap(plane: npt.NDArray[Any], where: F32, how: int) -> npt.NDArray[Any]:
 
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
     """Values (m, 2) at places (m, 2), in cells, onto a grid (height, width, 2): smooth, and 0 far from all of them."""
-    at = at - np.float32(0.5)
-    low = np.floor(at).astype(np.intp)
-    part = at - low
-    inside = ((low >= 0) & (low < [width - 1, height - 1])).all(axis=1)
-    low, part, values = low[inside], part[inside], values[inside]
-    index = low[:, 1] * width + low[:, 0]
-    fx, fy = part[:, 0], part[:, 1]
+    x, y = at[:, 0] - np.float32(0.5), at[:, 1] - np.float32(0.5)
+    inside = np.flatnonzero((x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1))
+    x, y, values = x[inside], y[inside], values[inside]
+    column, row = x.astype(np.intp), y.astype(np.intp)
+    index = row * width + column
+    fx, fy = x - column, y - row
     cells = np.concatenate([index, index + 1, index + width, index + width + 1])
     share = np.concatenate([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy])
     grid = np.empty((height, width, 3), np.float32)
     for layer, weight in enumerate((share, share * np.tile(values[:, 0], 4), share * np.tile(values[:, 1], 4))):
         grid[..., layer] = np.bincount(cells, weight, minlength=width * height).reshape(height, width)
-    grid = cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT)
-    return np.ascontiguousarray(grid[..., 1:] / (grid[..., :1] + np.float32(0.01)))
+    smooth = np.asarray(cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT), np.float32)
+    return np.ascontiguousarray(smooth[..., 1:] / (smooth[..., :1] + np.float32(0.01)))
 
 
 # Eyes ---------------------------------------------------------------------------------------------
@@ -278,7 +298,7 @@ _EYES = (
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
 )  # fmt: skip
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
-_BELOW = 0.3  # how far below the lower lid its skin moves, in eye distances
+_BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,9 +306,10 @@ class _Eye:
     """How one eye opens or closes, in its own frame: x from corner to corner, 0 to 1; y down in pixels."""
 
     corner: F32  # (2,)
-    along: F32  # (2,), from corner to corner
-    upper: F32  # (3,), of the lid's curve
-    lower: F32
+    across: F32  # (2,), of length 1, from corner to corner
+    down: F32  # (2,), of length 1
+    span_px: float  # from corner to corner
+    lids: F32  # (2, 2, 9): of the upper and the lower lid, x rising and y
     close_upper: float  # of the gap
     close_lower: float
     above_px: float  # from the upper lid to the brow
@@ -300,35 +321,32 @@ class _Eye:
     @classmethod
     def of(cls, ring: _Ring, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eye | None:
         """None where the eye has nothing to do."""
-        corner = points[ring.upper[0]]
-        along = points[ring.upper[-1]] - corner
+        corner, other = points[ring.upper[0]], points[ring.upper[-1]]
+        span = float(np.hypot(*(other - corner)))
         gaze = skin[ring.iris[0]]
-        if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or np.hypot(*along) < 4:
+        if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or span < _LEAST_FACE_PX:
             return None
-        down = np.array([-along[1], along[0]], np.float32) / np.float32(np.hypot(*along))
-        local = points[np.stack([ring.upper[1:-1], ring.lower[1:-1]])] - corner  # (2, 7, 2)
-        x = np.clip(local @ along / (along @ along), 0.02, 0.98)
-        rows = (x * (1 - x))[..., None] * np.stack([np.ones_like(x), x, x * x], axis=-1)
-        across = rows.transpose(0, 2, 1)
-        right = across @ (local @ down)[..., None]
-        curves = np.linalg.solve(across @ rows + 1e-6 * np.eye(3, dtype=np.float32), right)[..., 0]
+        across = (other - corner) / np.float32(span)
+        down = np.array([-across[1], across[0]], np.float32)
+        local = points[np.stack([ring.upper, ring.lower])] - corner
+        x = np.maximum.accumulate(local @ across / np.float32(span), axis=1)
         above = float((points[ring.upper[3:6]].mean(axis=0) - points[ring.brow].mean(axis=0)) @ down)
-        iris = points[ring.iris]
+        rim = points[ring.iris] - points[ring.iris[0]]
         return cls(
-            corner, along, curves[0], curves[1], float(closing[0]), float(closing[1]),
-            max(0.9 * above, 0.12 * pose.scale_px), pose.scale_px, iris[0],
-            float(np.linalg.norm(iris[1:] - iris[0], axis=1).mean()), gaze,
+            corner, across, down, span, np.stack([x, local @ down], axis=1).astype(np.float32),
+            float(closing[0]), float(closing[1]), max(0.9 * above, 0.12 * pose.scale_px), pose.scale_px,
+            points[ring.iris[0]], float(np.hypot(rim[1:, 0], rim[1:, 1]).mean()), gaze,
         )  # fmt: skip
 
     @property
     def middle(self) -> F32:
-        return np.asarray(self.corner + self.along / 2, np.float32)
+        return np.asarray(self.corner + self.across * np.float32(self.span_px / 2), np.float32)
 
     def box(self, middle: F32) -> F32:
         """What the eye moves if it is drawn around `middle`: x, y, x end, y end."""
-        span = float(np.hypot(*self.along))
-        side, up, down = 0.56 * span + 2, self.above_px + 0.35 * span, _BELOW * self.scale_px + 0.2 * span
-        return np.concatenate([middle - [side, up], middle + [side, down]]).astype(np.float32)
+        side, up = 0.53 * self.span_px + 2, self.above_px + 0.26 * self.span_px
+        low = _BELOW * self.scale_px + 0.2 * self.span_px
+        return np.array([middle[0] - side, middle[1] - up, middle[0] + side, middle[1] + low], np.float32)
 
     def place(self, source: F32) -> _Ball | None:
         """Let the lids' skin come from where the lids are.
@@ -340,17 +358,14 @@ class _Eye:
         Returns:
             What to draw over it.
         """
-        gap, upper, y = self._curves(source)
-        fall, rise = self.close_upper * gap, self.close_lower * gap
-        y -= upper + fall  # from here on against the new upper lid
-        room = gap - fall - rise
-        margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
-        seam = np.maximum(room - margin * np.float32(0.5), margin)
+        y, fall, rise, seam = self._lids(source)
+        margin = np.float32(_MARGIN * self.scale_px)
         most = max(float(fall.max()), 1e-3)
+        # Over more of the lid's length where it is long enough, so that the brow feels less of it.
         bend = float(np.clip(0.8 * (self.above_px + most) / most, 1.0, 1.8))
         over = _unit(y * np.float32(1 / (self.above_px + most)) + 1)
         over *= over * np.float32(bend - 1) + np.float32(2 - bend)
-        under = _unit((room - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
+        under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
         skin = np.where(y < seam, -fall * over, rise * under)
         alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
         ball = None
@@ -358,38 +373,37 @@ class _Eye:
         if width:
             x, row, stop, end = x // 2 * 2, row // 2 * 2, -(-(x + width) // 2) * 2, -(-(row + height) // 2) * 2
             cut = np.s_[row:end, x:stop]
-            ball = _Ball(x, row, self._ball(source[cut], y[cut], fall[cut], rise[cut], room[cut]), alpha[cut])
-        span = float(np.hypot(*self.along))
-        source[..., 0] -= skin * np.float32(self.along[1] / span)
-        source[..., 1] += skin * np.float32(self.along[0] / span)
+            ball = _Ball(x, row, self._ball(source[cut], y[cut], fall[cut], rise[cut], seam[cut]), alpha[cut])
+        source[..., 0] += skin * self.down[0]
+        source[..., 1] += skin * self.down[1]
         return ball
 
-    def _curves(self, source: F32) -> tuple[F32, F32, F32]:
-        """For places (h, w, 2): the lids' gap, the upper lid's height, and their own height, (h, w); h and w in fours."""
-        coarse = (source[1::4, 1::4] + source[2::4, 2::4]) / 2 - (self.corner - np.float32(0.5))
-        squared = self.along @ self.along
-        x = _unit(coarse @ (self.along / squared))
-        arch = x * (1 - x)
-        upper = arch * (self.upper[0] + x * (self.upper[1] + x * self.upper[2]))
-        lower = arch * (self.lower[0] + x * (self.lower[1] + x * self.lower[2]))
-        y = coarse @ (np.array([-self.along[1], self.along[0]], np.float32) / np.sqrt(squared))
-        lids = np.stack([np.maximum(lower - upper, 0), upper, y], axis=2)
-        fine = cv2.resize(lids, source.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-        return fine[..., 0].copy(), fine[..., 1].copy(), fine[..., 2].copy()
+    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32]:
+        """For places (h, w, 2), all (h, w): y against the new upper lid, how far the lids move towards each other, and where the
+        lower one's skin begins. h and w are multiples of four: the lids' curves are interpolated between every fourth pixel."""
+        coarse = (source[1::4, 1::4] + source[2::4, 2::4]) * np.float32(0.5) - (self.corner - np.float32(0.5))
+        x = coarse @ (self.across / np.float32(self.span_px))
+        upper, lower = (np.interp(x, lid[0], lid[1], left=0.0, right=0.0).astype(np.float32) for lid in self.lids)
+        gap = np.maximum(lower - upper, 0)
+        fall, rise = gap * np.float32(self.close_upper), gap * np.float32(self.close_lower)
+        margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
+        seam = np.maximum(gap - fall - rise - margin * np.float32(0.5), margin)
+        planes = cv2.merge([coarse @ self.down - upper - fall, fall, rise, seam])
+        fine = cv2.split(cv2.resize(planes, source.shape[1::-1], interpolation=cv2.INTER_LINEAR))
+        y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in fine)
+        return y, fall, rise, seam
 
     def _ball(self, source: F32, y: F32, fall: F32, rise: F32, room: F32) -> F32:
         """Where the eyeball's pixels come from: their own place, but drawn along by a lid that is raised, and by the gaze."""
         ball = source.copy()
-        t = _unit(y / np.maximum(room, np.float32(1e-3)))
+        t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
         if self.close_upper < 0 or self.close_lower < 0:
             stretch = np.maximum(-fall, 0) * _unit(1 - 1.6 * t) - np.maximum(-rise, 0) * _unit(1.6 * t - 0.6)
-            span = float(np.hypot(*self.along))
-            ball[..., 0] -= stretch * np.float32(self.along[1] / span)
-            ball[..., 1] += stretch * np.float32(self.along[0] / span)
+            ball += stretch[..., None] * self.down
         if np.abs(self.gaze_px).max() >= _LEAST_GAZE_PX:
-            middle = self.iris + self.gaze_px - np.float32(0.5)
-            away = np.hypot(source[..., 0] - middle[0], source[..., 1] - middle[1])
-            near = _unit((2.6 - away / max(self.radius_px, 1.0)) / 1.6) * _unit(5 * t) * _unit(5 - 5 * t)
+            away = source - (self.iris + self.gaze_px - np.float32(0.5))
+            far = (np.hypot(away[..., 0], away[..., 1]) / max(self.radius_px, 1.0)).astype(np.float32)
+            near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
             ball -= near[..., None] * self.gaze_px
         return ball
 

@@ -1,0 +1,256 @@
+"""The expression stage: what it moves, what it must leave alone."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+
+from beavervision.media import BLENDSHAPES, F32, Clip, Expression, Face, FaceState, FaceTrack, Frames, Picture, Region
+from beavervision.models import mesh
+from beavervision.models.expression import load_basis
+from beavervision.models.face import Crop, FaceNets, blendshape_names
+from beavervision.stages.express import STILL, Express, expressed
+from tests.faces import moved, portrait
+from training.expression import assembled, mirrored_names, mirrored_points
+
+NAMES = blendshape_names()
+RATE = Fraction(25)
+
+
+@cache
+def nets() -> FaceNets:
+    return FaceNets()
+
+
+@cache
+def face() -> Face:
+    found = nets().face(portrait(), nets().detect(portrait())[0].crop, settle=2)
+    assert found is not None
+    return found
+
+
+def look(**controls: float) -> F32:
+    """Controls by name; both sides where none is given."""
+    values = np.zeros(BLENDSHAPES, np.float32)
+    for name, value in controls.items():
+        found = [i for i, full in enumerate(NAMES) if full in (name, f"{name}Left", f"{name}Right")]
+        assert found, name
+        values[found] = value
+    return values
+
+
+def head(**given: float) -> F32:
+    values = STILL.copy()
+    for name, value in given.items():
+        values[["yaw", "pitch", "roll", "right", "down", "scale"].index(name)] = value
+    return values
+
+
+def made(controls: F32 | None = None, turn: F32 = STILL, picture: Picture | None = None) -> Picture:
+    values = np.zeros(BLENDSHAPES, np.float32) if controls is None else controls
+    return expressed(picture or portrait(), face().points_px, values, turn, load_basis())
+
+
+def seen(picture: Picture) -> Face:
+    found = nets().face(picture, Crop.of_points(face().points_px), settle=1)
+    assert found is not None
+    return found
+
+
+def rise(picture: Picture, kind: str) -> float:
+    index = [i for i, name in enumerate(NAMES) if name.removesuffix("Left").removesuffix("Right") == kind]
+    return float((seen(picture).blendshapes - seen(portrait()).blendshapes)[index].mean())
+
+
+def clip(picture: Picture, controls: F32, **track: object) -> Clip:
+    given = {"faces": (face(),), "states": (FaceState.OK,), "strength": np.ones(1, np.float32), "shot": (0,)} | track
+    expression = Expression(controls[None], STILL[None])
+    return Clip(Frames((picture,), 0, RATE), track=FaceTrack(**given), expression=expression)  # type: ignore[arg-type]
+
+
+def run(one: Clip) -> Picture:
+    (out,) = Express(load_basis())(iter([one]))
+    return out.frames.pictures[0]
+
+
+# What is asked for is what is seen -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("control", "least"),
+    [("eyeBlink", 0.15), ("browInnerUp", 0.2), ("browOuterUp", 0.2), ("browDown", 0.15)],
+)
+def test_the_face_found_again_shows_it(control: str, least: float) -> None:
+    assert rise(made(look(**{control: 0.7})), control) > least
+
+
+def test_one_side_alone() -> None:
+    left = made(look(eyeBlinkLeft=0.7))
+    gained = seen(left).blendshapes - seen(portrait()).blendshapes
+    assert gained[NAMES.index("eyeBlinkLeft")] > 0.1
+    middle = round(float(face().points_px[168, 0])) // 2 * 2
+    assert (left.y[:, :middle] == portrait().y[:, :middle]).all()
+
+
+def test_a_blink_shuts_the_eyes() -> None:
+    def gap(picture: Picture) -> float:
+        points = seen(picture).points_px
+        return float((points[[145, 374], 1] - points[[159, 386], 1]).mean())
+
+    assert gap(made(look(eyeBlink=1.0))) < 0.5 * gap(portrait())
+
+
+def test_a_smile_widens_and_a_frown_lowers_the_mouth() -> None:
+    rest = seen(portrait()).points_px[mesh.OUTER_CORNERS]
+    smile = seen(made(look(mouthSmile=0.6))).points_px[mesh.OUTER_CORNERS]
+    frown = seen(made(look(mouthFrown=0.6))).points_px[mesh.OUTER_CORNERS]
+    assert np.ptp(smile[:, 0]) > np.ptp(rest[:, 0]) + 2
+    assert frown[:, 1].mean() > rest[:, 1].mean() + 1 > smile[:, 1].mean()
+
+
+def test_the_head_turns_as_its_signs_say() -> None:
+    nose, chin, brow = 1, 152, 10
+    at = face().points_px
+    assert seen(made(turn=head(yaw=5))).points_px[nose, 0] > at[nose, 0] + 1.5
+    assert seen(made(turn=head(pitch=5))).points_px[nose, 1] > at[nose, 1] + 1.5
+    rolled = seen(made(turn=head(roll=4))).points_px
+    assert rolled[brow, 0] - rolled[chin, 0] > at[brow, 0] - at[chin, 0] + 3
+    shifted = seen(made(turn=head(right=0.02, down=0.02))).points_px
+    assert (shifted[nose, :2] - at[nose, :2] > 1).all()
+    assert np.ptp(seen(made(turn=head(scale=1.05))).points_px[:, 1]) > np.ptp(at[:, 1]) + 3
+
+
+# What must stay --------------------------------------------------------------------------------------
+
+
+def test_nothing_asked_for_is_the_very_same_picture() -> None:
+    picture = portrait()
+    assert made(picture=picture) is picture
+    assert run(clip(picture, np.zeros(BLENDSHAPES, np.float32))) is picture
+
+
+def test_a_clip_without_a_wish_passes() -> None:
+    plain = Clip(Frames((portrait(),), 0, RATE))
+    (out,) = Express(load_basis())(iter([plain]))
+    assert out is plain
+
+
+@pytest.mark.parametrize(
+    "track",
+    [{"faces": (None,), "states": (FaceState.LOST,)}, {"strength": np.zeros(1, np.float32)}],
+)
+def test_a_picture_without_a_face_to_draw_on_passes(track: dict[str, object]) -> None:
+    picture = portrait()
+    assert run(clip(picture, look(mouthSmile=1), **track)) is picture
+
+
+def test_the_background_stays_exactly() -> None:
+    picture = portrait()
+    new = made(look(mouthSmile=1, eyeBlink=1, browInnerUp=1, jawOpen=1), head(yaw=4, pitch=3, scale=1.02))
+    width = float(np.ptp(face().points_px[:, 0]))
+    region = Region.around(face().points_px, 0.45 * width, 512, 512)
+    assert region is not None
+    for old, now, half in ((picture.y, new.y, 1), (picture.u, new.u, 2), (picture.v, new.v, 2)):
+        changed = old != now
+        rows = slice(region.y_px // half, (region.y_px + region.height_px) // half)
+        assert changed[rows].any()
+        changed[rows, region.x_px // half : (region.x_px + region.width_px) // half] = False
+        assert not changed.any()
+
+
+def test_the_source_picture_is_not_written_to() -> None:
+    picture = portrait()
+    before = picture.y.copy(), picture.u.copy(), picture.v.copy()
+    made(look(mouthSmile=1, eyeBlink=0.5), head(yaw=3), picture)
+    assert all((a == b).all() for a, b in zip(before, (picture.y, picture.u, picture.v), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("value", [-1.0, 1.0])
+def test_no_control_parts_closed_lips(name: str, value: float) -> None:
+    points = mesh.fit_pose(face().points_px).to_face(face().points_px)
+    middle = (points[mesh.INNER_UPPER] + points[mesh.INNER_LOWER]) / 2
+    points[mesh.INNER_UPPER] = points[mesh.INNER_LOWER] = middle
+    controls = np.zeros(BLENDSHAPES, np.float32)
+    controls[NAMES.index(name)] = value
+    after = points + load_basis().displacement(controls, points)
+    gaps = after[mesh.INNER_LOWER, 1] - after[mesh.INNER_UPPER, 1]
+    assert np.abs(gaps).max() < 0.003
+
+
+def test_the_jaw_opens_open_lips_by_a_factor() -> None:
+    points = mesh.fit_pose(face().points_px).to_face(face().points_px)
+
+    def gap(p: F32) -> float:
+        return float((p[mesh.INNER_LOWER[2:7], 1] - p[mesh.INNER_UPPER[2:7], 1]).mean())
+
+    for value in (0.5, -0.5):
+        after = points + load_basis().displacement(look(jawOpen=value), points)
+        assert gap(after) / gap(points) == pytest.approx(1 + value, abs=0.1)
+
+
+def test_an_eye_never_closes_further_than_shut() -> None:
+    closing = load_basis().closing(look(eyeBlink=1, eyeSquint=1, eyeLookDown=1))
+    assert closing.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+# How it is done --------------------------------------------------------------------------------------
+
+
+def test_strength_fades_it() -> None:
+    def change(strength: float) -> float:
+        picture = run(clip(portrait(), look(mouthSmile=1), strength=np.full(1, strength, np.float32)))
+        return float(np.abs(picture.y.astype(int) - portrait().y).mean())
+
+    assert 0 < change(0.3) < change(1.0)
+
+
+def test_it_follows_the_lips_as_drawn() -> None:
+    lips = face().points_px.copy()
+    lips[:, 1] += 6
+    asked = clip(portrait(), look(mouthSmile=1))
+    drawn = Clip(asked.frames, track=asked.track, expression=asked.expression, drawn=(lips,))
+    expected = expressed(portrait(), lips, look(mouthSmile=1), STILL, load_basis())
+    assert (run(drawn).y == expected.y).all()
+    assert (run(drawn).y != run(asked).y).any()
+
+
+@pytest.mark.parametrize("shift", [(-200, 0), (250, 0), (0, -110), (0, 330), (-180, 320)])
+def test_a_face_at_the_edge_of_the_picture(shift: tuple[int, int]) -> None:
+    points = face().points_px + np.array([*shift, 0], np.float32)
+    controls = look(mouthSmile=0.5, eyeBlink=0.5, eyeWideLeft=0.5, browInnerUp=0.5)
+    new = expressed(moved(*shift), points, controls, head(yaw=3, scale=1.03), load_basis())
+    assert (new.y != moved(*shift).y).any()
+
+
+@pytest.mark.parametrize("zoom", [0.02, 0.1, 0.33])
+def test_faces_of_any_size(zoom: float) -> None:
+    points = (face().points_px * zoom + [256, 256, 0]).astype(np.float32)
+    new = expressed(
+        portrait(), points, look(mouthSmile=0.5, eyeBlink=0.5, eyeLookInLeft=0.5), head(yaw=2), load_basis()
+    )
+    assert new.y.shape == (512, 512)
+
+
+def test_steady_controls_do_not_make_a_still_flicker() -> None:
+    first, second = (made(look(mouthSmile=0.5, eyeBlink=0.3), head(yaw=1)) for _ in range(2))
+    assert (first.y == second.y).all()
+    assert (first.u == second.u).all()
+
+
+def test_the_recipe_makes_a_symmetric_basis_that_never_parts_the_lips() -> None:
+    other = mirrored_points()
+    rng = np.random.default_rng(0)
+    motion = rng.normal(0, 0.02, (BLENDSHAPES, 478, 3))
+    motion[:, mesh.INNER_LOWER, 1] += 0.1
+    motion = (motion + motion[mirrored_names()][:, other] * [-1, 1, 1]) / 2
+    points = mesh.fit_pose(face().points_px).to_face(face().points_px).astype(np.float64)
+    points = (points + points[other] * [-1, 1, 1]) / 2
+    basis = assembled(motion, points, {"mouthSmile": 2.0})
+    assert np.allclose(basis.moves[mirrored_names()][:, other] * [-1, 1, 1], basis.moves, atol=1e-5)
+    gaps = basis.moves[:, mesh.INNER_LOWER, 1:] - basis.moves[:, mesh.INNER_UPPER, 1:]
+    assert np.abs(gaps).max() < 1e-5
+    assert (basis.lids[mirrored_names()][:, ::-1] == basis.lids).all()
