@@ -56,7 +56,9 @@ def export_painter(net: PainterNet, path: Path) -> float:
 
 def export_sync(net: SyncScorer, path: Path) -> float:
     """Inputs ``rows`` (n, ROWS, 64) and ``lips`` (n, STEPS, k), output ``scores`` (n, offsets); differs so from PyTorch."""
-    coefficients = net.see[0].weight.shape[1] // 2
+    first = net.see[0]
+    assert isinstance(first, nn.Conv1d)
+    coefficients = first.in_channels // 2
     example = (torch.randn(2, ROWS, MEL_BINS) * 3 - 5, torch.randn(2, STEPS, coefficients))
     axes = {name: {0: "n"} for name in ("rows", "lips", "scores")}
     _export(net, example, path, ["rows", "lips"], "scores", axes)

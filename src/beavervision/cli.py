@@ -134,7 +134,9 @@ def lipsync(
     keep_audio: Annotated[
         float, typer.Option(help="How loud to mix in the source's own sound: a level from 0 to 1.")
     ] = 0.0,
-    mark: Annotated[bool, typer.Option("--mark", help="Say in a corner of the pictures that they are synthetic.")] = False,
+    mark: Annotated[
+        bool, typer.Option("--mark", help="Say in a corner of the pictures that they are synthetic.")
+    ] = False,
     expression: Annotated[
         str | None,
         typer.Option(

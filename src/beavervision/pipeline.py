@@ -278,7 +278,8 @@ class Pipeline:
             },
             source=_source_facts(info),
             speech=words.facts(),
-            model=self._model.facts() | ({} if restorer is None else {"restore": restore, "restore_area": restore_area}),
+            model=self._model.facts()
+            | ({} if restorer is None else {"restore": restore, "restore_area": restore_area}),
             track=watch.facts(),
             times=times.report(),
             notes=tuple(dict.fromkeys(notes)),

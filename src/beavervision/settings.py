@@ -71,7 +71,9 @@ class Settings:
     serve_burst: int = 20  # of them at once
     serve_daily_media_s: float = 0.0  # of video made for one key in 24 hours; 0: no limit
     serve_max_avatars: int = 100  # of one key
-    serve_webhook_hosts: str = ""  # hosts that webhooks may reach without TLS or at a private address, with commas between
+    serve_webhook_hosts: str = (
+        ""  # hosts that webhooks may reach without TLS or at a private address, with commas between
+    )
     serve_storage: str = ""  # gs://BUCKET/FOLDER; empty: local files in serve_folder
     serve_otlp: str = ""  # where traces go by OTLP over HTTP, as http://localhost:4318; empty: nowhere
     serve_log: str = "text"  # or json: one document a line, as Cloud Logging reads it
@@ -86,7 +88,9 @@ class Settings:
     live_ice_servers: str = ""  # stun:HOST:PORT and turn:HOST:PORT?transport=udp, with commas between
     live_turn_user: str = ""
     live_turn_password: str = ""
-    live_turn_secret: str = ""  # makes users and passwords that expire, as coturn's static-auth-secret; instead of those two
+    live_turn_secret: str = (
+        ""  # makes users and passwords that expire, as coturn's static-auth-secret; instead of those two
+    )
     live_push_hosts: str = ""  # hosts that sessions may be pushed to by RTMP, with commas between; *: any
     serve_max_upload_mb: int = 512
     serve_max_text_chars: int = 10_000

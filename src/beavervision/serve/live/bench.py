@@ -39,6 +39,7 @@ _TEXT = "Hello there, it is good to see you again today."
 _LONG = "Papa moved away, and nobody ever asked him why he did so, since everyone had moved about before. " * 20
 _LOUD = 0.01  # root mean square of sound that is heard
 _MOVED = 0.03  # change of the gap between the lips, in mouth widths
+_PASSED = 10  # loud moments before an interruption, at least
 _AFTER = 20  # pictures looked at from the first sound on
 _CHUNK_S = 0.02
 _PATIENCE_S = 30.0
@@ -317,10 +318,11 @@ class _Bench:
             rest = self._lips.gap(await self._still(room))
             await asyncio.to_thread(room.session.say, _LONG)
             async with asyncio.timeout(_PATIENCE_S):
-                loud = 0
-                while loud < self._fps // 2:
+                loud, open_ = 0, False
+                while loud < _PASSED + number % _PASSED or not open_:  # somewhere else each time, with the mouth open
                     moment, _ = await room.moments.get()
                     loud += _loud(moment.audio.pcm)
+                    open_ = loud >= _PASSED and self._lips.gap(moment.picture) > rest + 2 * _MOVED
             while not room.moments.empty():
                 room.moments.get_nowait()
             began_s = last_s = time.monotonic()

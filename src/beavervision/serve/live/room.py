@@ -166,7 +166,7 @@ class Room:
 
     async def play(self, offer: str, *, loopback: bool) -> tuple[str, str]:
         """A WHEP viewer: the peer's name and the answer. Raises Problem."""
-        return await self._join(offer, lambda peer: watch(peer, self.fanout), loopback)
+        return await self._join(offer, lambda peer: watch(peer, self.fanout, offer), loopback)
 
     async def bring(self, offer: str, *, loopback: bool) -> tuple[str, str]:
         """A WHIP source of camera, microphone or both: the peer's name and the answer. Raises Problem."""

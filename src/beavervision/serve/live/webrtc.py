@@ -148,6 +148,8 @@ class Peer:
         self.pc.on("connectionstatechange", self._changed)
         try:
             await self.pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            if not self.pc.getTransceivers():
+                raise ValueError("no media")
             addresses = self._network.addresses(loopback=loopback)
             for transceiver in self.pc.getTransceivers():
                 _listen_on(transceiver.sender, addresses)
@@ -239,16 +241,19 @@ def _listen_on(sender: RTCRtpSender, addresses: list[str]) -> None:
 # Out ---------------------------------------------------------------------------------------------
 
 
-def watch(peer: Peer, fanout: Fanout) -> None:
-    """Send what `fanout` has. Before the answer."""
-    video = peer.pc.addTransceiver(_Sent("video", fanout, Kind.VIDEO), "sendonly")
-    codecs = RTCRtpSender.getCapabilities("video").codecs
-    video.setCodecPreferences([codec for codec in codecs if codec.mimeType in ("video/H264", "video/rtx")])
-    # A viewer who lost a picture asks for a key picture; aiortc would keep that from tracks that bring encoded packets.
-    video.sender._send_keyframe = fanout.ask_for_key  # type: ignore[method-assign]
-    sound = peer.pc.addTransceiver(_Sent("audio", fanout, Kind.OPUS), "sendonly")
-    codecs = RTCRtpSender.getCapabilities("audio").codecs
-    sound.setCodecPreferences([codec for codec in codecs if codec.mimeType == "audio/opus"])
+def watch(peer: Peer, fanout: Fanout, offer: str) -> None:
+    """Send what `fanout` has of what `offer` mentions; the rest aiortc could not answer. Before the answer."""
+    for kind, packets, codecs in (
+        ("video", Kind.VIDEO, ("video/H264", "video/rtx")),
+        ("audio", Kind.OPUS, ("audio/opus",)),
+    ):
+        if f"m={kind} " not in offer:
+            continue
+        transceiver = peer.pc.addTransceiver(_Sent(kind, fanout, packets), "sendonly")
+        known = RTCRtpSender.getCapabilities(kind).codecs
+        transceiver.setCodecPreferences([codec for codec in known if codec.mimeType in codecs])
+        # A viewer who lost a picture asks for a key picture; aiortc would keep that from tracks that bring encoded packets.
+        transceiver.sender._send_keyframe = fanout.ask_for_key  # type: ignore[method-assign]
 
 
 class _Sent(MediaStreamTrack):
