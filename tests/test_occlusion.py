@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import csv
-import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 from beavervision.media import F32, Clip, FaceState, FaceTrack, Frames, Picture
-from beavervision.models.cover import Appearance, colours
-from beavervision.models.face import Crop, FaceNets
-from beavervision.models.mesh import fit_pose
+from beavervision.models.face import FaceNets
 from beavervision.stages.decode import Decode
 from beavervision.stages.detect import Detect
 from beavervision.stages.watch import Watch
@@ -116,35 +112,6 @@ def test_a_lasting_change_is_believed_at_last() -> None:
     states = track([*swaying(), *tinted * 4]).states
     assert FaceState.OCCLUDED in states[50:60]
     assert set(states[-30:]) == {FaceState.OK}
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the pipeline sets it."""
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    yield
-    cv2.setNumThreads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("zoom", [1, 3])
-def test_it_costs_little(zoom: int) -> None:
-    """Of CPU time, against the mesh (8 to 9 ms on one core): under 0.7 ms, for a face of 160 px and of 480."""
-    small, points = portrait(), places()[0] * zoom
-    y, u, v = (cv2.resize(p, None, fx=zoom, fy=zoom) for p in (small.y, small.u, small.v))
-    picture = Picture(*(np.asarray(p, np.uint8) for p in (y, u, v)))
-    crop, pose, look = Crop.of_points(points), fit_pose(points), Appearance()
-    spans = []
-    for work in (lambda: look.covered(colours(picture, points), pose), lambda: nets().mesh(picture, crop)):
-        work()
-        took = []
-        for _ in range(20):
-            begin = time.process_time()
-            work()
-            took.append(time.process_time() - begin)
-        spans.append(float(np.median(took)))
-    assert spans[0] < 0.085 * spans[1]
 
 
 TALKERS = Path(__file__).parents[2] / "shared" / "talkers"
