@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from beavervision.media import F32
 from beavervision.models import mesh
-from beavervision.models.basis import MotionBasis
+from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
+from beavervision.models.sync import SOUND_RMS
 from beavervision.stages.hear import LOG_MEL
 
 STEP_S = 0.02
@@ -21,13 +22,9 @@ CROP_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)  # of the mouth, in the po
 LOWER = np.flatnonzero(mesh.canonical()[:, 1] > 0.55)  # the points that speech moves
 KEPT = np.union1d(LOWER, mesh.STABLE)  # the points that a packed clip has
 SILENCE = np.float32(np.log(1e-5))  # a log-mel row of digital silence
-REST_SHARE = 0.15  # of a clip's pictures, the most closed, that make its rest mouth
-GAP_STD = 0.07  # inner lip gap of an average speaker, standard deviation, in eye distances
-AMPLITUDES = (0.5, 2.0)
 _FRONTAL_DEG = 35.0
 _MAX_GAP_S = 0.08  # a step further than this from any tracked picture teaches nothing
 _LAG_RANGE_S = 0.38  # a lag found at the end of the searched range was not found
-_RMS = 0.05  # all sound is brought to this level; training varies it again
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -113,7 +110,7 @@ def load_motion(row: Row, data: Path) -> Motion | None:
     if usable.sum() < 10:
         return None
     rest = faces[usable & (gap <= np.quantile(gap[usable], REST_SHARE))].mean(axis=0)
-    pcm *= _RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4)
+    pcm *= SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4)
     frontal = abs(float(np.median(yaw[tracked]))) <= _FRONTAL_DEG
     return Motion(row, times, tracked, frontal, rest, faces - rest, gap, pcm, LOG_MEL.rows(pcm), row.lag_s)
 

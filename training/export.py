@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from beavervision.media import F32
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.nets.beaver import MEL_BINS, PAINT_SIZE, MotionPair, PainterNet
-from beavervision.models.nets.sync import ROWS, STEPS, SyncScorer
+from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
+from beavervision.models.sync import ROWS, STEPS
 from training.motion import Readout, load_net, read_basis
 from training.sync import load_scorer
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from beavervision.models.nets.sync import REACH, ROWS, STEPS, SyncScorer
+from beavervision.models.nets.sync import SyncScorer
+from beavervision.models.sync import REACH, ROWS, STEPS
 from training.clips import Motion, load_all, padded_rows
 from training.lessons import read_lessons
 from training.motion import augment, read_basis

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+
+_Matrix = TypeVar("_Matrix", F32, npt.NDArray[np.float64])
 
 POINTS = 478  # of the face mesh, iris included
 BLENDSHAPES = 52
@@ -151,11 +153,8 @@ class Picture:
             if reduce > 1:
                 shape = (max(plane.shape[1] // reduce, 1), max(plane.shape[0] // reduce, 1))
                 source = np.asarray(cv2.resize(plane, shape, interpolation=cv2.INTER_AREA), np.uint8)
-            # Pixel centres: (i + 0.5) of the reduced plane lies at (i + 0.5) * gain of the picture.
-            gain_x, gain_y = self.width_px / source.shape[1], self.height_px / source.shape[0]
-            m = matrix.astype(np.float64)
-            shift = m[:, :2] @ [gain_x / 2, gain_y / 2] + m[:, 2] - 0.5
-            local = np.hstack([m[:, :2] * [gain_x, gain_y], shift[:, None]])
+            pixel_px = (self.width_px / source.shape[1], self.height_px / source.shape[0])
+            local = between_pixels(matrix.astype(np.float64), pixel_px)
             views.append(
                 cv2.warpAffine(source, local, (size_px, size_px), flags=cv2.INTER_LINEAR, borderValue=float(fill))
             )
@@ -178,9 +177,7 @@ class Picture:
                 (u, chroma, patch.u, mask_c),
                 (v, chroma, patch.v, mask_c),
             ):
-                alpha = mask.astype(np.uint16)
-                mixed = plane[at] * (255 - alpha) + new * alpha + 127
-                plane[at] = (mixed + 1 + (mixed >> 8)) >> 8  # divided by 255
+                plane[at] = mixed(plane[at], new, mask)
         return replace(self, y=y, u=u, v=v)
 
 
@@ -208,6 +205,24 @@ class Patch:
     def of_rgb(cls, region: Region, rgb: U8, mask: U8, color: Color) -> Patch:
         """From pixels (h, w, 3) RGB; `color` is the picture's."""
         return cls(region, *to_planes(rgb, color), mask)
+
+
+def mixed(old: U8, new: U8, mask: U8) -> U8:
+    """Samples of `old` where `mask` is 0, of `new` where it is 255, and shares of both between."""
+    alpha = mask.astype(np.uint16)
+    total = old * (255 - alpha) + new * alpha + 127
+    return np.asarray((total + 1 + (total >> 8)) >> 8, np.uint8)  # divided by 255
+
+
+def between_pixels(matrix: _Matrix, pixel_px: tuple[float, float] = (1, 1)) -> _Matrix:
+    """`matrix` (2, 3), from one picture's continuous coordinates to another's, between the indices of their pixels.
+
+    Pixel i of the first, `pixel_px` wide and high, lies at (i + 0.5) * pixel_px, and pixel i of the second at i + 0.5. The
+    precision is that of `matrix`.
+    """
+    linear = matrix[:, :2] * np.asarray(pixel_px, matrix.dtype)
+    shift = linear.sum(axis=1) / 2 + matrix[:, 2] - 0.5
+    return np.hstack([linear, shift[:, None]])
 
 
 def to_rgb(y: U8, u: U8, v: U8, color: Color) -> U8:
@@ -285,15 +300,27 @@ class FaceState(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Face:
-    """One face in one picture: points_px (478, 3), z in the scale of x; blendshapes (52,), 0 to 1."""
+    """One face in one picture: points_px (478, 3), z in the scale of x; shapes (52,), 0 to 1, None where nobody asked for them."""
 
     points_px: F32
-    blendshapes: F32
+    shapes: F32 | None
     confidence: float
 
     def __post_init__(self) -> None:
-        if self.points_px.shape != (POINTS, 3) or self.blendshapes.shape != (BLENDSHAPES,):
-            raise ValueError(f"face of {self.points_px.shape} points and {self.blendshapes.shape} blendshapes")
+        shapes = (BLENDSHAPES,) if self.shapes is None else self.shapes.shape
+        if self.points_px.shape != (POINTS, 3) or shapes != (BLENDSHAPES,):
+            raise ValueError(f"face of {self.points_px.shape} points and {shapes} blendshapes")
+
+    @property
+    def blendshapes(self) -> F32:
+        """The blendshape weights (52,).
+
+        Raises:
+            ValueError: the face was found without them.
+        """
+        if self.shapes is None:
+            raise ValueError("this face was found without its blendshapes")
+        return self.shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

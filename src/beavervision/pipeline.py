@@ -216,13 +216,14 @@ class Pipeline:
         manner = style if style is None else _style(style)
         words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, script, notes.append)
         alive = info.kind == "still" if alive is None else alive
+        expresses = alive or manner is not None or script.anything
         extend: Extend = {"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit]  # type: ignore[assignment]
         if look is not None and look.track is not None:
             seen, detect = look.survey, cast(Stage, Retrace(look.track, loop=extend == "loop"))
         else:
             nets = FaceNets()
             seen = self._survey(info, nets, choice) if look is None else look.survey
-            detect = Detect(nets, seen.choice)
+            detect = Detect(nets, seen.choice, shapes=expresses)
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None
@@ -248,7 +249,6 @@ class Pipeline:
 
         flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
         flow = flow.then(detect).then(_Named("hear", hear))
-        expresses = alive or manner is not None or script.anything
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
         flow = flow.then(self._model.stage(seen, None if manner is None else manner.amplitude))
@@ -348,7 +348,7 @@ class Pipeline:
         hear = self._hear()
         expresses = alive or style is not None or script is not None
         stages: list[Stage] = [
-            Detect(nets, seen.choice),
+            Detect(nets, seen.choice, shapes=expresses),
             _Named("hear", lambda heard: hear(heard, iter(audio))),
             *([self._direct(script or Script(), alive, seed, style)] if expresses else []),
             self._model.stage(seen, None if style is None else style.amplitude),

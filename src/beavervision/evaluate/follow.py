@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -34,6 +34,7 @@ LEAST_S = 2.0  # shorter clips are left out: neither their sound offset nor thei
 _REACH_S = 0.4  # of the lag that is searched
 _TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
 
+_Row = TypeVar("_Row")
 Told = Callable[[int, int, str], None]  # clips done, clips in all, the file at work
 
 
@@ -214,28 +215,39 @@ class TalkerRow:
     late_s: float
 
 
-def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[TalkerRow]:
-    """The clips of `split` that last two seconds or more; `limit` of them, spread evenly over the index.
+def read_index(folder: Path, split: str, row: Callable[[dict[str, str]], _Row], column: str) -> list[_Row]:
+    """What `row` makes of the lines of `split` in a folder's ``index.tsv``; `column` is what it needs beside the usual ones.
 
     Raises:
-        InputError, UsageError: there is no such index, no such clip in it, or `limit` is none.
+        InputError: there is no index, or it lacks a column or a number.
     """
     path = folder / "index.tsv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file, delimiter="\t") if line["split"] == split]
-        rows = [TalkerRow(line["file"], float(line["seconds"]), float(line["sync_lag_s"] or 0)) for line in lines]
+            return [row(line) for line in csv.DictReader(file, delimiter="\t") if line["split"] == split]
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}. Name a folder of talkers with its index."
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} is no index of talkers ({error!r}): it needs file, split, seconds, sync_lag_s."
+            f"{path} is no index of talkers ({error!r}): it needs file, split, seconds, {column}."
         ) from error
-    rows = [row for row in rows if row.seconds >= LEAST_S]
+
+
+def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[TalkerRow]:
+    """The clips of `split` that last two seconds or more; `limit` of them, spread evenly over the index.
+
+    Raises:
+        InputError, UsageError: there is no such index, no such clip in it, or `limit` is none.
+    """
+
+    def row(line: dict[str, str]) -> TalkerRow:
+        return TalkerRow(line["file"], float(line["seconds"]), float(line["sync_lag_s"] or 0))
+
+    rows = [r for r in read_index(folder, split, row, "sync_lag_s") if r.seconds >= LEAST_S]
     if not rows:
-        raise InputError(f"{path} has no clip of {LEAST_S:g} seconds or more in the split {split!r}.")
+        raise InputError(f"{folder / 'index.tsv'} has no clip of {LEAST_S:g} seconds or more in the split {split!r}.")
     if limit is None:
         return rows
     if limit < 1:

@@ -22,7 +22,6 @@ The weights, ``syncnet_v2.model``, are the user's to bring; PyTorch (the extra g
 
 from __future__ import annotations
 
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ from rich.table import Table
 from beavervision.errors import InputError, ModelError
 from beavervision.media import F32, U8, FaceState
 from beavervision.models.face import FaceNets
+from beavervision.models.store import load_checkpoint
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 from beavervision.stages.decode import Decode, read_audio, resample
 from beavervision.stages.detect import Detect
@@ -158,17 +158,9 @@ def load(path: Path, threads: int = 1) -> TorchNet:
         from beavervision.models.nets.syncnet import SyncNet
     except ImportError as error:
         raise ModelError(f"{path.name} cannot be used. {INSTALL_TORCH}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist. Give the path of syncnet_v2.model.") from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
-            "Get it from its publisher again; do not load it with other tools."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path.name} is no PyTorch checkpoint, or is damaged. Get it again.") from error
+    if not path.exists():
+        raise ModelError(f"{path} does not exist. Give the path of syncnet_v2.model.")
+    content = load_checkpoint(path)
     found: dict[str, Tensor] = dict(content) if isinstance(content, dict) else {}
     wanted = shapes(SyncNet)
     for name, shape in wanted.items():

@@ -12,7 +12,6 @@ the part that is painted, over the pictures in which the mouth stands open. Both
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from beavervision.errors import InputError
+from beavervision.evaluate.follow import Told, read_index
 from beavervision.media import F32, U8, Clip, Picture
 from beavervision.models import mesh
 from beavervision.pipeline import Pipeline
@@ -37,7 +37,7 @@ _LEAST_PX = 24  # of a region
 _LEAST = 5  # pictures
 _ENLARGED = 1.25  # beyond which a clip is not enlarged
 
-Told = Callable[[int, int, str], None]  # clips done, clips in all, the file at work
+_LEAST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,11 @@ def sharpness(
         InputError: there is no such index, or no clip of the split in it has a face of such a size.
     """
     folder = Path(folder)
-    rows = _rows(folder / "index.tsv", split)
+
+    def row(line: dict[str, str]) -> tuple[str, float, float]:
+        return line["file"], float(line["face_px"]), float(line["seconds"])
+
+    rows = [(file, px) for file, px, seconds in read_index(folder, split, row, "face_px") if seconds >= _LEAST_S]
     pipeline = pipeline or Pipeline()
     jobs = [
         (size, *row)
@@ -214,21 +218,6 @@ def _scaled(picture: Picture, scale: float) -> Picture:
         )
     )
     return Picture(y, u, v, picture.color)
-
-
-def _rows(index: Path, split: str) -> list[tuple[str, float]]:
-    try:
-        with index.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file, delimiter="\t") if line["split"] == split]
-        return [(line["file"], float(line["face_px"])) for line in lines if float(line["seconds"]) >= 1]
-    except OSError as error:
-        raise InputError(
-            f"{index} cannot be read: {error.strerror}. Name a folder of talkers with its index."
-        ) from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{index} is no index of talkers ({error!r}): it needs file, split, seconds, face_px."
-        ) from error
 
 
 def _median(values: list[float]) -> float:

@@ -12,25 +12,20 @@ from rich.table import Table
 
 from beavervision.errors import InputError
 from beavervision.media import F32
-from beavervision.models.basis import MotionBasis
+from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.cards import SYNC_SCORER, load_data
 from beavervision.models.face import FaceNets
 from beavervision.models.mesh import INNER_LOWER, INNER_UPPER, fit_pose
 from beavervision.models.runtime import OnnxNet
+from beavervision.models.sync import REACH, ROWS, SOUND_RMS, STEPS
 from beavervision.stages.decode import Decode, SourceInfo, probe, read_audio
 from beavervision.stages.detect import Detect
 from beavervision.stages.hear import LOG_MEL
 
 STEP_S = 0.02
-STEPS, REACH = 150, 30  # of a window, and to either side
 _HOP = 25  # steps between windows
-_ROWS = 2 * (STEPS + 2 * REACH)
 _SPEECH_HZ = 16_000
 _SEEN = 0.8  # of a window's pictures must show the face
-_GAP_STD = 0.07  # of an average speaker's inner lips, in eye distances
-_AMPLITUDES = (0.5, 2.0)
-_REST_SHARE = 0.15
-_RMS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,7 @@ class SyncJudge:
         for first in range(REACH, len(values) - STEPS - REACH + 1, _HOP):
             if seen[first : first + STEPS].mean() < _SEEN:
                 continue
-            around = rows[2 * (first - REACH) :][:_ROWS]
+            around = rows[2 * (first - REACH) :][:ROWS]
             (out,) = self._net(around[None], values[None, first : first + STEPS])
             scores.append(np.asarray(out[0], np.float32))
             starts.append(first * STEP_S)
@@ -106,8 +101,8 @@ class SyncJudge:
     def _motion(self, points: F32) -> F32:
         """Coefficients (t, k) against the person's own resting mouth, in units of an average speaker's motion."""
         gap = (points[:, INNER_LOWER[2:7], 1] - points[:, INNER_UPPER[2:7], 1]).mean(axis=1)
-        rest = points[gap <= np.quantile(gap, _REST_SHARE)].mean(axis=0)
-        amplitude = float(np.clip(gap.std() / _GAP_STD, *_AMPLITUDES))
+        rest = points[gap <= np.quantile(gap, REST_SHARE)].mean(axis=0)
+        amplitude = float(np.clip(gap.std() / GAP_STD, *AMPLITUDES))
         return self._basis.coefficients((points - rest)[:, self._basis.points]) / np.float32(amplitude)
 
 
@@ -127,7 +122,7 @@ def _sound(video: Path) -> F32:
     blocks = [block.pcm.mean(axis=0) for block in read_audio(video, _SPEECH_HZ)]
     pcm = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     level = float(np.sqrt(np.mean(pcm**2))) if pcm.size else 0.0
-    return np.asarray(pcm * (_RMS / max(level, 1e-4)), np.float32)
+    return np.asarray(pcm * (SOUND_RMS / max(level, 1e-4)), np.float32)
 
 
 def _peak(scores: F32) -> tuple[float, float]:

@@ -10,6 +10,11 @@ import numpy as np
 from beavervision.media import F32
 from beavervision.models.mesh import INNER_LOWER, INNER_UPPER, OUTER_CORNERS, IndexArray
 
+# The units of motion: what is common to how people open their mouths.
+GAP_STD = 0.07  # inner lip gap of an average speaker, standard deviation, in eye distances
+AMPLITUDES = (0.5, 2.0)  # least and most of a person's, against that
+REST_SHARE = 0.15  # of a clip's pictures, the most closed, that make its rest mouth
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MotionBasis:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from beavervision.media import F32, U8, Patch, Picture
+from beavervision.media import F32, U8, Patch, Picture, mixed
 from beavervision.models import mesh
 
 _RING_EYES = (0.15, 0.5)  # from the outer lip line to the ring's edges, in eye distances
@@ -156,8 +156,7 @@ def _shown(picture: Picture, patch: Patch, x0: int, y0: int, x1: int, y1: int) -
     if right > left and bottom > top:
         there = np.s_[top - y0 : bottom - y0, left - x0 : right - x0]
         here = np.s_[top - r.y_px : bottom - r.y_px, left - r.x_px : right - r.x_px]
-        alpha = patch.mask[here].astype(np.uint16)
-        luma[there] = (luma[there] * (255 - alpha) + patch.y[here] * alpha + 127) // 255
+        luma[there] = mixed(luma[there], patch.y[here], patch.mask[here])
     return luma
 
 

@@ -224,14 +224,16 @@ class FaceNets:
         (shapes,) = _invoke(self._shapes, points_px[None, _BLENDSHAPE_POINTS, :2])
         return np.asarray(shapes, np.float32).reshape(BLENDSHAPES)
 
-    def face(self, picture: Picture, crop: Crop, *, settle: int = 0) -> Face | None:
-        """The face in `crop`, re-cropped from its own points `settle` times; None if there is none."""
+    def face(self, picture: Picture, crop: Crop, *, settle: int = 0, shapes: bool = True) -> Face | None:
+        """The face in `crop`, re-cropped from its own points `settle` times; None if there is none. `shapes`: with blendshapes."""
         points, presence = self.mesh(picture, crop)
         for _ in range(settle):
             if presence < _MIN_SCORE:
                 return None
             points, presence = self.mesh(picture, Crop.of_points(points))
-        return Face(points, self.blendshapes(points), presence) if presence >= _MIN_SCORE else None
+        if presence < _MIN_SCORE:
+            return None
+        return Face(points, self.blendshapes(points) if shapes else None, presence)
 
 
 def _search(width_px: int, height_px: int) -> Iterable[Crop]:

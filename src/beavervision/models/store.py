@@ -31,6 +31,7 @@ _ONNX = "model.onnx"
 _WEIGHTS = "weights.safetensors"
 _CARD = "card.json"
 _INSIDE = ("state_dict", "params_ema", "params")  # where publishers put the tensors
+_DAMAGED = "{} is no PyTorch checkpoint, or is damaged. Get it again."
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _KNOWN = {WAV2LIP.name: WAV2LIP, **RESTORERS}
 _TAKEN = {card.name for card in CARDS} - set(_KNOWN)
@@ -213,6 +214,26 @@ def _sha256(path: Path) -> str:
         raise ModelError(f"{path} cannot be read: {error.strerror}. Give the path of a checkpoint.") from error
 
 
+def load_checkpoint(path: Path) -> Any:
+    """What a PyTorch checkpoint holds, read without running code of it.
+
+    Raises:
+        ModelError: it holds more than tensors, or is damaged.
+        ImportError: PyTorch is not installed.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
+            "Get it from its publisher again; do not load it with other tools."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(_DAMAGED.format(path.name)) from error
+
+
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names."""
     try:
@@ -220,22 +241,13 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         import torch
     except ImportError as error:
         raise ModelError(f"{path.name} cannot be imported. {INSTALL_TORCH}") from error
-    damaged = f"{path.name} is no PyTorch checkpoint, or is damaged. Get it again."
     if path.suffix.lower() == ".safetensors":
         try:
             content: Any = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(damaged) from error
+            raise ModelError(_DAMAGED.format(path.name)) from error
     else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ModelError(
-                f"{path.name} is refused: it holds more than tensors, or is no PyTorch checkpoint. "
-                "Get it from its publisher again; do not load it with other tools."
-            ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(damaged) from error
+        content = load_checkpoint(path)
     inside = (content[key] for key in _INSIDE if isinstance(content, dict) and isinstance(content.get(key), dict))
     content = next(inside, content)
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):

@@ -203,7 +203,7 @@ class _Seen:
 
 class Detect:
     """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off. Without `tiles` small faces are
-    not searched for, which would hold up a live picture.
+    not searched for, which would hold up a live picture; without `shapes` faces that are followed come without blendshapes.
     """
 
     name = "detect"
@@ -215,14 +215,16 @@ class Detect:
         *,
         look_ahead: int = LOOK_AHEAD,
         tiles: bool = True,
+        shapes: bool = True,
     ) -> None:
         self._nets = nets
         self._choice = choice or FaceChoice()
         self._look_ahead = look_ahead
         self._tiles = tiles
+        self._shapes = shapes
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        tracker = _Tracker(self._nets, self._choice, self._tiles)
+        tracker = _Tracker(self._nets, self._choice, self._tiles, self._shapes)
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
@@ -281,10 +283,11 @@ class Detect:
 class _Tracker:
     """Follows one face from picture to picture; the state of one stream."""
 
-    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool) -> None:
+    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool, shapes: bool) -> None:
         self._nets = nets
         self._choice = choice
         self._tiles = tiles
+        self._shapes = shapes
         self._crop: Crop | None = None
         self._last: tuple[Picture, _Seen] | None = None
         self._thumbnail: F32 | None = None
@@ -309,7 +312,7 @@ class _Tracker:
 
     def _find(self, picture: Picture) -> Face | None:
         if self._crop is not None:
-            face = self._nets.face(picture, self._crop)
+            face = self._nets.face(picture, self._crop, shapes=self._shapes)
             if face is not None and _near(face, self._crop):
                 self._crop = Crop.of_points(face.points_px)
                 return face

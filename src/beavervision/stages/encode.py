@@ -162,7 +162,9 @@ class _Writer:
         for picture in clip.frames.pictures:
             if (picture.width_px, picture.height_px) != self._size:
                 raise ValueError(f"picture of {picture.width_px}x{picture.height_px} in a file of {self._size}")
-            self._mux(self._video.encode(_frame(picture, self._pictures, self._rate)))
+            frame = video_frame(picture)
+            frame.pts, frame.time_base = self._pictures, 1 / self._rate
+            self._mux(self._video.encode(frame))
             self._pictures += 1
         if clip.audio is not None and clip.audio.samples:
             assert self._audio is not None
@@ -231,12 +233,12 @@ def _range_code(color: Color) -> int:
     return 2 if color.full_range else 1
 
 
-def _frame(picture: Picture, number: int, rate: Fraction) -> av.VideoFrame:
+def video_frame(picture: Picture) -> av.VideoFrame:
+    """The picture with its colour tags as FFmpeg knows it, at no time yet."""
     frame = av.VideoFrame(picture.width_px, picture.height_px, "yuv420p")
     for plane, values in zip(frame.planes, (picture.y, picture.u, picture.v), strict=True):
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
         rows[: values.shape[0], : values.shape[1]] = values
-    frame.pts, frame.time_base = number, 1 / rate
     color = picture.color
     frame.colorspace, frame.color_range = _MATRIX_CODES[color.matrix], _range_code(color)
     frame.color_primaries, frame.color_trc = color.primaries, color.transfer

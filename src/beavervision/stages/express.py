@@ -224,9 +224,7 @@ class _Planes:
     @classmethod
     def of(cls, picture: Picture, region: Region) -> _Planes:
         new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
-        x, y = region.x_px, region.y_px
-        luma = np.s_[y : y + region.height_px, x : x + region.width_px]
-        chroma = np.s_[y // 2 : (y + region.height_px) // 2, x // 2 : (x + region.width_px) // 2]
+        luma, chroma = region.slices
         old = (picture.u[chroma], picture.v[chroma])
         return cls(new, picture.y[luma].astype(np.float32), old, (new[0][luma], new[1][chroma], new[2][chroma]))
 

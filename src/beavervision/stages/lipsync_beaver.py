@@ -29,17 +29,17 @@ from beavervision.media import (
     Profile,
     Reference,
     Region,
+    between_pixels,
     to_planes,
 )
 from beavervision.models import mesh
-from beavervision.models.basis import MotionBasis
+from beavervision.models.basis import GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.warp import triangle_flow, warped
 
 MEL_PER_STEP = 2
 STEP = Fraction(1, 50)  # seconds of one motion step
-_GAP_STD = 0.07  # inner lip gap of an average speaker, standard deviation, in eye distances
 _AMPLITUDES = (0.75, 1.35)
 _UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (85 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
@@ -157,11 +157,11 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
     frontal = [i for i, p in enumerate(poses) if abs(p.yaw_deg) < _FRONTAL_DEG] or list(range(len(poses)))
     faces = np.stack([poses[i].to_face(references[i].face.points_px) for i in frontal])
     gaps = (faces[:, mesh.INNER_LOWER[2:7], 1] - faces[:, mesh.INNER_UPPER[2:7], 1]).mean(axis=1)
-    rest = faces[gaps <= np.quantile(gaps, 0.15)].mean(axis=0)
+    rest = faces[gaps <= np.quantile(gaps, REST_SHARE)].mean(axis=0)
     rest[basis.points] += basis.displacement(basis.closing(rest))
-    moves = len(frontal) >= 8 and gaps.std() > 0.25 * _GAP_STD
+    moves = len(frontal) >= 8 and gaps.std() > 0.25 * GAP_STD
     if amplitude is None:
-        amplitude = float(np.clip(gaps.std() / _GAP_STD, *_AMPLITUDES)) if moves else 1.0
+        amplitude = float(np.clip(gaps.std() / GAP_STD, *_AMPLITUDES)) if moves else 1.0
     most_open = references[frontal[int(np.argmax(gaps))]]
     return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, (most_open,) if gaps.max() > 0.02 else ())
 
@@ -274,7 +274,7 @@ class _Drawing:
             part = alpha if pixel_px == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_AREA)
             inside = cv2.warpAffine(
                 values,
-                _pixel_centres(to_crop, pixel_px),
+                between_pixels(to_crop, (pixel_px, pixel_px)),
                 size,
                 flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
                 borderMode=cv2.BORDER_REPLICATE,
@@ -310,15 +310,6 @@ def _apply(matrix: F32, points: F32) -> F32:
     return np.asarray(points @ matrix[:, :2].T + matrix[:, 2], np.float32)
 
 
-def _pixel_centres(matrix: F32, pixel_px: int = 1) -> F32:
-    """The same map between indices of pixels instead of continuous coordinates: pixel i of the source, `pixel_px` wide, lies at
-    (i + 0.5) * pixel_px, and pixel i of the result at i + 0.5.
-    """
-    linear = matrix[:, :2] * pixel_px
-    shift = linear.sum(axis=1) * 0.5 + matrix[:, 2] - 0.5
-    return np.hstack([linear, shift[:, None]]).astype(np.float32)
-
-
 def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32) -> F32:
     """The painter's crop (80, 96, 3), 0..1 RGB, of a region's planes through `matrix` (continuous coordinates)."""
     shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
@@ -326,7 +317,7 @@ def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32) -> F32:
     for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
         if shrink * pixel_px < 0.6:
             plane = np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.35 / (shrink * pixel_px)), np.uint8)
-        to_crop = _pixel_centres(matrix, pixel_px)
+        to_crop = between_pixels(matrix, (pixel_px, pixel_px))
         views.append(
             cv2.warpAffine(plane, to_crop, _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         )

@@ -15,7 +15,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from beavervision.media import F32, U8, Clip, Patch, Picture, Region
+from beavervision.media import F32, U8, Clip, Patch, Picture, Region, between_pixels
 from beavervision.models import mesh
 from beavervision.models.restorers import FACE_PX, alignment
 
@@ -95,7 +95,7 @@ def _aligned(picture: Picture, matrix: F32) -> U8:
     local[:, 2] += matrix[:, :2] @ [region.x_px, region.y_px]
     return np.asarray(
         cv2.warpAffine(
-            rgb, _pixels(local), (FACE_PX, FACE_PX), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            rgb, between_pixels(local), (FACE_PX, FACE_PX), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
         ),
         np.uint8,
     )
@@ -163,11 +163,8 @@ def _back(image: F32 | U8, matrix: F32, shape: tuple[int, ...], pixel_px: int) -
     size = (shape[1], shape[0])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return np.asarray(
-        cv2.warpAffine(image, _pixels(matrix, pixel_px), size, flags=flags, borderMode=cv2.BORDER_CONSTANT), np.float32
+        cv2.warpAffine(
+            image, between_pixels(matrix, (pixel_px, pixel_px)), size, flags=flags, borderMode=cv2.BORDER_CONSTANT
+        ),
+        np.float32,
     )
-
-
-def _pixels(matrix: F32, pixel_px: int = 1) -> F32:
-    """`matrix` between indices of pixels: pixel i of the picture lies at (i + 0.5) * pixel_px, of the square at i + 0.5."""
-    linear = matrix[:, :2] * pixel_px
-    return np.hstack([linear, (linear.sum(axis=1) * 0.5 + matrix[:, 2] - 0.5)[:, None]]).astype(np.float32)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from beavervision.models.sync import REACH, STEPS
+
 MEL_BINS = 64
-STEPS = 150  # of 20 ms: a window of three seconds
-REACH = 30  # steps to either side that are compared
-ROWS = 2 * (STEPS + 2 * REACH)  # log-mel rows of 10 ms around a window
 _MEL_MEAN, _MEL_SPREAD = -5.0, 4.0
 
 
