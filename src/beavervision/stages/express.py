@@ -359,10 +359,8 @@ class _Eye:
         y, fall, rise, seam = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
         most = max(float(fall.max()), 1e-3)
-        # Over more of the lid's length where it is long enough, so that the brow feels less of it.
-        bend = float(np.clip(0.8 * (self.above_px + most) / most, 1.0, 1.8))
+        # Evenly over the lid's length: stretched most beside the lashes, their dark line would cover the whole lid.
         over = _unit(y * np.float32(1 / (self.above_px + most)) + 1)
-        over *= over * np.float32(bend - 1) + np.float32(2 - bend)
         under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
         skin = np.where(y < seam, -fall * over, rise * under)
         alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
