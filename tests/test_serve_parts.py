@@ -91,7 +91,7 @@ def test_what_is_larger_or_longer_than_allowed_is_refused(tmp_path: Path, guard:
 
 def test_the_child_has_limits() -> None:
     code = (
-        "from beavervision.serve import guard; import resource; guard._limit()\n"
+        "from beavervision.serve import guard; import resource; guard.limit(guard._MEMORY_BYTES, guard._CPU_S)\n"
         "print(resource.getrlimit(resource.RLIMIT_CPU)[1])\n"
         "try:\n    bytearray(guard._MEMORY_BYTES)\nexcept MemoryError:\n    print('refused')\n"
         "try:\n    open('/tmp/guard_writes', 'wb', 0).write(b'x')\nexcept OSError as error:\n    print(error.errno)\n"

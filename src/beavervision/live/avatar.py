@@ -35,7 +35,8 @@ from beavervision.media import (
 )
 from beavervision.models.face import FaceNets
 from beavervision.stages.decode import Decode, probe
-from beavervision.stages.detect import Detect, FaceChoice, Survey, survey
+from beavervision.stages.detect import Detect, FaceChoice, Survey, joined, survey
+from beavervision.stages.encode import video_frame
 
 if TYPE_CHECKING:
     from beavervision.pipeline import Pipeline
@@ -196,7 +197,15 @@ class Avatar:
         for clip, before in zip(silent, tracked, strict=True):
             rest += [Part.differing(*pair) for pair in zip(clip.frames.pictures, before.frames.pictures, strict=True)]
             rest_px += clip.drawn or (None,) * len(clip)
-        return cls(pictures, _joined(tracked), tuple(rest), tuple(rest_px), seen, rate, pipeline.card.name)
+        return cls(
+            pictures,
+            joined([c.track for c in tracked if c.track is not None]),
+            tuple(rest),
+            tuple(rest_px),
+            seen,
+            rate,
+            pipeline.card.name,
+        )
 
     def save(self, folder: Path | str) -> None:
         """Write it into `folder`, which is made: pictures without loss, points and facts.
@@ -328,16 +337,6 @@ def _silence() -> Iterator[Audio]:
         yield Audio(np.zeros((1, RATE_HZ), np.float32), RATE_HZ, start)
 
 
-def _joined(clips: Sequence[Clip]) -> FaceTrack:
-    tracks = [clip.track for clip in clips if clip.track is not None]
-    return FaceTrack(
-        tuple(face for t in tracks for face in t.faces),
-        tuple(state for t in tracks for state in t.states),
-        np.concatenate([t.strength for t in tracks]),
-        tuple(shot for t in tracks for shot in t.shot),
-    )
-
-
 def _scaled(picture: Picture, size_px: int | None) -> Picture:
     longer = max(picture.width_px, picture.height_px)
     if size_px is None or longer <= size_px:
@@ -381,10 +380,7 @@ def _write_video(path: Path, pictures: Sequence[Picture], rate: Fraction) -> Non
         stream.width, stream.height, stream.pix_fmt = pictures[0].width_px, pictures[0].height_px, "yuv420p"
         stream.codec_context.thread_count = 1
         for number, picture in enumerate(pictures):
-            frame = av.VideoFrame(picture.width_px, picture.height_px, "yuv420p")
-            for plane, samples in zip(frame.planes, (picture.y, picture.u, picture.v), strict=True):
-                view = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-                view[:, : samples.shape[1]] = samples
+            frame = video_frame(picture)
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -154,17 +154,16 @@ def _look(task: dict[str, Any]) -> None:
             raise MediaError(f"The audio is {float(duration):.0f} s long; {longest_s:g} s are allowed. Cut it first.")
 
 
-def _limit() -> None:
+def limit(memory_bytes: int, cpu_s: int | None = None) -> None:
+    """Hold this process to so much address space and CPU time, and let it write no file."""
     try:
         import resource  # not on every system
     except ImportError:
         return
-    for what, value in (
-        (resource.RLIMIT_AS, _MEMORY_BYTES),
-        (resource.RLIMIT_CPU, _CPU_S),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    limits = [(resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)]
+    if cpu_s is not None:
+        limits.append((resource.RLIMIT_CPU, cpu_s))
+    for what, value in limits:
         hard = resource.getrlimit(what)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (value, value))
@@ -188,7 +187,7 @@ def _child(connection: socket.socket) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the libraries say of bad media
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.alarm(_WALL_S)  # nobody catches it: it ends the process
-        _limit()
+        limit(_MEMORY_BYTES, _CPU_S)
         _answer(connection)
     finally:
         os._exit(0)

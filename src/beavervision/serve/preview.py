@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from beavervision.errors import BeaverVisionError, InputError, MediaError, ModelError, NoFaceError
 from beavervision.media import F32
+from beavervision.serve.guard import limit
 from beavervision.serve.problems import Problem
 
 if TYPE_CHECKING:
@@ -187,23 +188,12 @@ class _Artist:
         return self._seen
 
 
-def _limit() -> None:
-    try:
-        import resource  # not on every system
-    except ImportError:
-        return
-    for what, value in ((resource.RLIMIT_AS, _MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (value, value))
-
-
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's whole group
     import cv2
 
     cv2.setNumThreads(1)
-    _limit()
+    limit(_MEMORY_BYTES)
     artist = _Artist()
     with socket.socket(fileno=0) as line, suppress(OSError):  # the server is gone, or nobody asks any more
         line.settimeout(_IDLE_S)

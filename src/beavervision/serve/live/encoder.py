@@ -19,7 +19,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
 
 from beavervision.errors import DeviceError
-from beavervision.media import F32, Matrix, Picture
+from beavervision.media import F32, Picture
+from beavervision.stages.encode import video_frame
 
 VIDEO_HZ = 90_000
 AUDIO_HZ = 48_000
@@ -29,7 +30,6 @@ AAC_SAMPLES = 1024
 _BIT_RATE = 2_500_000  # at most; a talking head of 512 px takes a fifth of it
 _OPUS_BIT_RATE = 64_000
 _AAC_BIT_RATE = 96_000
-_MATRIX_CODES = {Matrix.BT709: 1, Matrix.BT601: 6, Matrix.BT2020: 9}
 
 
 class Kind(StrEnum):
@@ -72,7 +72,7 @@ class Encoder:
 
     def picture(self, picture: Picture, index: int, at_s: float, *, keyframe: bool) -> list[Coded]:
         """Picture number `index`; `keyframe` makes it one that a viewer can begin with."""
-        frame = _frame(picture)
+        frame = video_frame(picture)
         frame.pts, frame.time_base = index, 1 / self.rate
         frame.pict_type = PictureType.I if keyframe else PictureType.NONE
         ticks = VIDEO_HZ / self.rate
@@ -171,13 +171,3 @@ def _audio(kind: Kind) -> AudioCodecContext:
     else:
         context.format, context.bit_rate = "fltp", _AAC_BIT_RATE
     return context
-
-
-def _frame(picture: Picture) -> av.VideoFrame:
-    frame = av.VideoFrame(picture.width_px, picture.height_px, "yuv420p")
-    for plane, values in zip(frame.planes, (picture.y, picture.u, picture.v), strict=True):
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-        rows[: values.shape[0], : values.shape[1]] = values
-    color = picture.color
-    frame.colorspace, frame.color_range = _MATRIX_CODES[color.matrix], 2 if color.full_range else 1
-    return frame
