@@ -103,6 +103,28 @@ def test_a_blink_shuts_the_eyes() -> None:
     assert gap(made(look(eyeBlink=1.0))) < 0.5 * gap(portrait())
 
 
+def test_a_blink_is_no_squint() -> None:
+    half = made(look(eyeBlink=0.5))
+    assert rise(half, "eyeBlink") > 0.12
+    assert rise(half, "eyeSquint") < 0.25
+
+
+def test_wide_eyes_bare_the_white_and_leave_the_iris_round() -> None:
+    def gap(picture: Picture) -> float:
+        points = seen(picture).points_px
+        return float((points[[145, 374], 1] - points[[159, 386], 1]).mean())
+
+    wide = made(look(eyeWide=0.8))
+    assert gap(wide) > 1.15 * gap(portrait())
+    assert rise(wide, "eyeBlink") < 0
+    for middle, rim in ((468, slice(469, 473)), (473, slice(474, 478))):
+        (x, y), radius = face().points_px[middle, :2], np.ptp(face().points_px[rim, 0]) / 2
+        rows, columns = np.mgrid[round(y - 0.6 * radius) : round(y + radius), round(x - radius) : round(x + radius)]
+        ball = np.hypot(columns - x, rows - y) < 0.7 * radius
+        difference = np.abs(wide.y[rows, columns][ball].astype(int) - portrait().y[rows, columns][ball])
+        assert difference.mean() < 8, "what was seen of the eyeball stays where it is"
+
+
 def test_a_smile_widens_and_a_frown_lowers_the_mouth() -> None:
     rest = seen(portrait()).points_px[mesh.OUTER_CORNERS]
     smile = seen(made(look(mouthSmile=0.6))).points_px[mesh.OUTER_CORNERS]

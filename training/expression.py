@@ -73,11 +73,12 @@ DESIGNED: dict[str, tuple[tuple[float, float, float, float, float, float], ...]]
     "noseSneer": ((0.24, 0.62, 0.22, 0.01, -0.06, 0.0), (0.2, 0.9, 0.2, 0.0, -0.03, 0.0)),
     "jawForward": ((0.0, 1.7, 0.5, 0.0, 0.0, -0.12),),
 }  # fmt: skip
-# By how much of their gap the upper and the lower lid close at 1. Clips have no wide eyes.
+# By how much of their gap the upper and the lower lid close at 1. Clips have hardly any wide eyes. The lower lid gives way in a
+# blink: in real ones it rises a little, which the net reads as half a squint.
 LIDS = {
-    "eyeBlink": (1.52, 0.0),
+    "eyeBlink": (1.6, -0.35),
     "eyeSquint": (0.22, 0.45),
-    "eyeWide": (-0.65, -0.05),
+    "eyeWide": (-0.8, -0.1),
     "eyeLookUp": (-0.15, 0.05),
     "eyeLookDown": (0.35, -0.05),
     "cheekSquint": (0.0, 0.2),
@@ -89,9 +90,16 @@ GAZE = {
     "eyeLookOut": (0.09, 0.0),
     "eyeLookUp": (0.0, -0.055),
     "eyeLookDown": (0.0, 0.055),
-    "eyeWide": (0.0, -0.05),
 }
-EYE_ZOOM = (0.04, 0.1, 0.38)  # of a wide eye: across, down, and how far it reaches
+EYE_TALLER = (
+    0.1,
+    0.38,
+)  # a wide eye: the skin's motion away from its middle, for each eye distance, and how far it reaches
+EYE_LOWER = (
+    0.035,
+    0.15,
+    0.2,
+)  # a blink: the skin's motion down, how far below the eye it is largest, and how far it reaches
 # Scaled by what is measured; the rest is as learned or designed.
 CALIBRATED = ("mouthSmile", "browInnerUp", "browOuterUp", "browDown", "mouthPucker")
 _EYE_ROWS = (
@@ -199,11 +207,15 @@ def assembled(motion: Field, face: Field, gains: dict[str, float]) -> Expression
         if kind in GAZE:
             eye = slice(473, 478) if side > 0 else slice(468, 473)
             moves[k, eye, :2] = np.array(GAZE[kind]) * [side, 1]
-        if kind == "eyeWide":
-            middle = face[[33, 133] if side < 0 else [362, 263]].mean(axis=0)
-            away = (face - middle)[:468, :2]
-            near = np.exp(-(away**2).sum(axis=1, keepdims=True) / EYE_ZOOM[2] ** 2)
-            moves[k, :468, :2] = away * EYE_ZOOM[:2] * near * (1 - _step(y, 0.15, 0.55))[:468, None]
+        if kind in ("eyeWide", "eyeBlink"):
+            away = (face - face[[33, 133] if side < 0 else [362, 263]].mean(axis=0))[:468, :2]
+            if kind == "eyeWide":
+                near = np.exp(-(away**2).sum(axis=1) / EYE_TALLER[1] ** 2) * (1 - _step(y, 0.15, 0.55))[:468]
+                moves[k, :468, 1] = EYE_TALLER[0] * away[:, 1] * near
+            else:
+                moves[k, :468, 1] = EYE_LOWER[0] * np.exp(
+                    -((away - [0, EYE_LOWER[1]]) ** 2).sum(axis=1) / EYE_LOWER[2] ** 2
+                )
         if kind in (*BROWS, *MOUTH, *OPENS):
             both = motion[k] if not side else motion[k] + motion[names.index(kind + ("Right" if side > 0 else "Left"))]
             if side:

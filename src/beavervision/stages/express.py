@@ -178,7 +178,8 @@ class _Warp:
                 ball = eye.place(where)
                 planes.draw(x, y, where, _halved(where))
                 if ball is not None:
-                    planes.draw(x + ball.x, y + ball.y, ball.where, _halved(ball.where), ball.alpha)
+                    for where, alpha in ball.layers:
+                        planes.draw(x + ball.x, y + ball.y, where, _halved(where), alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
     def _where(self, cells: npt.NDArray[np.intp], region: Region) -> tuple[int, int, F32, F32]:
@@ -296,6 +297,8 @@ _EYES = (
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
 )  # fmt: skip
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
+_SHADE = 0.045  # how far the upper lid shades the eyeball, in eye distances: what is bared is not taken from there
+_REACH = 0.6  # of the way from the upper lid to the brow, how far its skin moves: a crease higher up, or a frame of glasses, stays
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
 
@@ -332,7 +335,7 @@ class _Eye:
         rim = points[ring.iris] - points[ring.iris[0]]
         return cls(
             corner, across, down, span, np.stack([x, local @ down], axis=1).astype(np.float32),
-            float(closing[0]), float(closing[1]), max(0.9 * above, 0.12 * pose.scale_px), pose.scale_px,
+            float(closing[0]), float(closing[1]), max(_REACH * above, 0.12 * pose.scale_px), pose.scale_px,
             points[ring.iris[0]], float(np.hypot(rim[1:, 0], rim[1:, 1]).mean()), gaze,
         )  # fmt: skip
 
@@ -369,7 +372,7 @@ class _Eye:
         if width:
             x, row, stop, end = x // 2 * 2, row // 2 * 2, -(-(x + width) // 2) * 2, -(-(row + height) // 2) * 2
             cut = np.s_[row:end, x:stop]
-            ball = _Ball(x, row, self._ball(source[cut], y[cut], fall[cut], rise[cut], seam[cut]), alpha[cut])
+            ball = _Ball(x, row, tuple(self._ball(source[cut], y[cut], seam[cut], alpha[cut])))
         source[..., 0] += skin * self.down[0]
         source[..., 1] += skin * self.down[1]
         return ball
@@ -389,29 +392,73 @@ class _Eye:
         y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in fine)
         return y, fall, rise, seam
 
-    def _ball(self, source: F32, y: F32, fall: F32, rise: F32, room: F32) -> F32:
-        """Where the eyeball's pixels come from: their own place, but drawn along by a lid that is raised, and by the gaze."""
-        ball = source.copy()
-        t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
-        if self.close_upper < 0 or self.close_lower < 0:
-            stretch = np.maximum(-fall, 0) * _unit(1 - 1.6 * t) - np.maximum(-rise, 0) * _unit(1.6 * t - 0.6)
-            ball += stretch[..., None] * self.down
+    def _ball(self, source: F32, y: F32, room: F32, alpha: F32) -> Iterator[tuple[F32, F32]]:
+        """The layers of the eyeball: where its pixels come from, and how much of them shows. They come from their own place, drawn
+        along by the gaze."""
         if np.abs(self.gaze_px).max() >= _LEAST_GAZE_PX:
+            t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
             away = source - (self.iris + self.gaze_px - np.float32(0.5))
             far = (np.hypot(away[..., 0], away[..., 1]) / max(self.radius_px, 1.0)).astype(np.float32)
             near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
-            ball -= near[..., None] * self.gaze_px
-        return ball
+            source = source - near[..., None] * self.gaze_px
+        if self.close_upper < 0 or self.close_lower < 0:
+            first, second, share = self._bared(source)
+            yield first, alpha
+            yield second, alpha * share
+        else:
+            yield source, alpha
+
+    def _bared(self, source: F32) -> tuple[F32, F32, F32]:
+        """Where to take what an eye that opens further shows and never showed: iris and white are the same all around the pupil, so
+        it lies as far from it, at the edge of what is seen.
+
+        Args:
+            source: (h, w, 2) places in the region, with what lies under the lids.
+
+        Returns:
+            The places to the left and to the right of the iris, and the share (h, w) of the latter.
+        """
+        origin = self.corner - np.float32(0.5)
+        x, y = ((source - origin) @ axis for axis in (self.across, self.down))
+        iris = self.iris - self.corner
+        cx, cy = np.float32(iris @ self.across), np.float32(iris @ self.down)
+        dx, dy = x - cx, y - cy
+        radius = np.float32(max(self.radius_px, 1.0))
+        # How high a circle around the pupil meets the lid; the lids are nearly level there.
+        over, under = self._seen(np.full(1, cx))
+        level = np.where(dy < 0, over, under) - cy
+        reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
+        aside = _unit(np.abs(dx) / radius - 1)  # far from the iris all is white, and there is no further
+        top, low = self._seen(x)
+        hidden = (y < top) | (y > low)
+        places = []
+        for turned in (-reach, reach):
+            to = np.clip(turned + cx, 0.1 * self.span_px, 0.9 * self.span_px)
+            to = np.where(hidden, to + (x - to) * aside, x).astype(np.float32)
+            top, low = self._seen(to)
+            height = np.where(hidden, np.clip(y, top, low), y)
+            places.append(np.asarray(origin + to[..., None] * self.across + height[..., None] * self.down, np.float32))
+        right = _unit(dx / radius + np.float32(0.5))
+        return places[0], places[1], np.asarray(right * right * (3 - 2 * right), np.float32)
+
+    def _seen(self, x: F32) -> tuple[F32, F32]:
+        """From where to where the eyeball is seen, and not in the shade of the lids, at `x` pixels from the corner."""
+        upper, lower = (np.interp(x * np.float32(1 / self.span_px), *lid).astype(np.float32) for lid in self.lids)
+        shade_px, middle = np.float32(_SHADE * self.scale_px), (upper + lower) * np.float32(0.5)
+        over, under = (
+            np.float32(min(max(-4 * close, 0), 1)) * shade_px for close in (self.close_upper, self.close_lower)
+        )
+        return np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ball:
-    """The eyeball, to be drawn over the lids' skin: its place in the eye's box, where it comes from, and how much of it shows."""
+    """The eyeball, to be drawn over the lids' skin: its place in the eye's box, and layers: where each comes from, and how much
+    of it shows."""
 
     x: int
     y: int
-    where: F32
-    alpha: F32
+    layers: tuple[tuple[F32, F32], ...]
 
 
 def _unit(values: F32) -> F32:
