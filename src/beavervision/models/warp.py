@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,92 +12,142 @@ import numpy.typing as npt
 
 from beavervision.media import F32, U8, Picture, Region
 
-_GRID = 128  # cells along the longer side of a region, in which the triangles are found
-_TORN = 0.5  # cells between the offsets of a cell and that below it: more than by any smooth motion
+_GRID = 80  # cells along the longer side of a region, in which the triangles are found
+_TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
+_REACH = 2  # cells around the mouth's opening in which its sides are told apart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """Where a face may tear: the points of the mouth's opening along its upper and its lower edge, from corner to corner (k,), and
+    of each triangle (t,) which side it is on: 1 above, -1 below, 0 between.
+    """
+
+    upper: npt.NDArray[np.intp]
+    lower: npt.NDArray[np.intp]
+    side: npt.NDArray[np.int8]
 
 
 def triangle_flow(
-    source_px: F32, target_px: F32, triangles: npt.NDArray[np.intp], size: tuple[int, int]
+    source_px: F32, target_px: F32, triangles: npt.NDArray[np.intp], opening: Opening, size: tuple[int, int]
 ) -> tuple[F32, F32]:
     """For each pixel of (width, height) `size`, where to take it from, and the soft mask of what moves.
 
     Args:
         source_px, target_px: (n, 2) where the points are and where they shall come to lie.
         triangles: (t, 3) into the points; of those that overlap the later covers the earlier.
+        opening: of the mouth among the points.
 
     Returns:
         The offsets (h, w, 2) from a pixel to its source, and the mask (h, w), 0 to 1.
     """
     step = max(1, round(max(size) / _GRID))
     small = (-(-size[0] // step), -(-size[1] // step))
-    moved = np.abs(source_px - target_px).max(axis=1) > 0.05
-    triangles = triangles[moved[triangles].any(axis=1)]
-    corners = target_px[triangles]
-    a, b, c = (corners[:, i].astype(np.float64) for i in range(3))
-    area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
-    kept = np.abs(area) > 1e-3
-    number = np.zeros((small[1], small[0]), np.int32)
-    fixed = np.round(corners[kept] * (16 / step) - 8).astype(np.int32)
-    for i, triangle in enumerate(fixed, 1):
-        cv2.fillConvexPoly(number, triangle, i, lineType=cv2.LINE_8, shift=4)
-    # Affine offset of each triangle: offset(x, y) = gradient @ (x, y) + start, exact at its corners. Slivers have steep
-    # gradients, so that a pixel a little outside of one is held within the offsets of its corners.
-    a, b, c, area = a[kept], b[kept], c[kept], area[kept, None]
-    offset = (source_px - target_px).astype(np.float64)[triangles[kept]]
-    e1, e2 = offset[:, 1] - offset[:, 0], offset[:, 2] - offset[:, 0]
-    gx = (e1 * (c - a)[:, 1:] - e2 * (b - a)[:, 1:]) / area
-    gy = (e2 * (b - a)[:, :1] - e1 * (c - a)[:, :1]) / area
-    start = offset[:, 0] - gx * a[:, :1] - gy * a[:, 1:]
-    table = np.zeros((len(fixed) + 1, 10), np.float32)
-    table[1:] = np.concatenate([gx, gy, start, offset.min(axis=1), offset.max(axis=1)], axis=1)
-    x = ((np.arange(small[0], dtype=np.float32) + 0.5) * step)[:, None]
-    y = ((np.arange(small[1], dtype=np.float32) + 0.5) * step)[:, None, None]
-    coarse = _offsets(table.take(number, axis=0), x, y)
-    inside = (number > 0).astype(np.float32)
     full = (small[0] * step, small[1] * step)
+    offset_px = source_px - target_px
+    moved = (np.abs(offset_px).max(axis=1) > 0.05)[triangles].any(axis=1)
+    triangles = triangles[moved]
+    coarse, owner = _raster(target_px[triangles] / np.float32(step), offset_px[triangles], small)
     flow: Any = cv2.resize(coarse, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
-    if step > 1:
-        _mend(flow, coarse, corners[kept], table, step)
-    soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)), (0, 0), 1.5)
+    if np.abs(offset_px[opening.upper] - offset_px[opening.lower]).max() > _TORN_PX:
+        side = np.append(opening.side[moved], np.int8(0))[owner]
+        _part(flow, coarse, side, target_px[opening.upper], target_px[opening.lower], step)
+    # Half cells, for an edge that does not widen with them.
+    inside = cv2.resize((owner >= 0).astype(np.uint8), (2 * small[0], 2 * small[1]), interpolation=cv2.INTER_NEAREST)
+    soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)).astype(np.float32), (0, 0), 1.5)
     mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
     return np.asarray(flow, np.float32), np.asarray(mask, np.float32)
 
 
-def _offsets(row: F32, x: F32, y: F32) -> F32:
-    return np.clip(row[..., 0:2] * x + row[..., 2:4] * y + row[..., 4:6], row[..., 6:8], row[..., 8:10])
+def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, npt.NDArray[np.intp]]:
+    """The offsets (h, w, 2) in the middles of (width, height) `size` cells, and the triangle that each belongs to, or -1.
 
-
-def _mend(flow: F32, coarse: F32, corners_px: F32, table: F32, step: int) -> None:
-    """Find the triangles to the pixel (in place) where a cell and the one below come from afar, as upper and lower lip do: between
-    them pixels would be taken from what lay between the lips.
+    A cell belongs to the last of the triangles (t, 3, 2), whose corners are in cells, that has its middle, else to the last that
+    comes within half a cell of it. All rows of all triangles are looked at together.
     """
-    torn = np.zeros(coarse.shape[:2], np.uint8)
-    apart = np.abs(coarse[1:, :, 1] - coarse[:-1, :, 1]) > _TORN * step
-    torn[1:][apart] = 1
-    torn[:-1][apart] = 1
-    torn = np.asarray(cv2.dilate(torn, np.ones((1, 3), np.uint8)), np.uint8)
-    x, y, width, height = cv2.boundingRect(torn)
-    if not width:
+    width, height = size
+    corners = corners - np.float32(0.5)  # whole numbers are the middles of cells
+    a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
+    ab, ac = b - a, c - a
+    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
+    top, bottom = corners[..., 1].min(axis=1), corners[..., 1].max(axis=1)
+    first = np.maximum(np.ceil(top - 0.5), 0)
+    rows = np.minimum(np.floor(bottom + 0.5), height - 1) - first + 1
+    seen = np.flatnonzero((rows > 0) & (np.abs(area) > 1e-4))
+    rows = rows[seen].astype(np.intp)
+    # Each row of each triangle: where it enters and leaves it.
+    of = np.repeat(seen, rows)
+    row = _counted(rows) + first[of].astype(np.intp)
+    y = np.clip(row.astype(np.float32), top[of], bottom[of])
+    left, right = np.full(len(of), np.inf, np.float32), np.full(len(of), -np.inf, np.float32)
+    for p, q in ((a, b), (b, c), (c, a)):
+        rise = q[:, 1] - p[:, 1]
+        slope = (q[:, 0] - p[:, 0]) / np.where(rise == 0, np.float32(1), rise)
+        down = (y - p[of, 1]) * np.sign(rise)[of]
+        crosses = (down >= 0) & (down <= np.abs(rise)[of])
+        x = p[of, 0] + (y - p[of, 1]) * slope[of]
+        np.minimum(left, x, out=left, where=crosses)
+        np.maximum(right, x, out=right, where=crosses)
+    begin = np.maximum(np.ceil(left - 0.5), 0)
+    cells = np.maximum(np.minimum(np.floor(right + 0.5), width - 1) - begin + 1, 0).astype(np.intp)
+    # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
+    e1, e2 = offsets_px[seen, 1] - offsets_px[seen, 0], offsets_px[seen, 2] - offsets_px[seen, 0]
+    ab, ac, area = ab[seen], ac[seen], area[seen, None]
+    across = np.repeat((e1 * ac[:, 1:] - e2 * ab[:, 1:]) / area, rows, axis=0)
+    along = np.repeat((e2 * ab[:, :1] - e1 * ac[:, :1]) / area, rows, axis=0)
+    base = offsets_px[of, 0] + along * (y - a[of, 1])[:, None] - across * a[of, :1]
+    at = np.repeat(np.arange(len(of)), cells)
+    x = begin[at] + _counted(cells)
+    held = np.clip(x, left[at], right[at])
+    offset = base[at] + across[at] * held[:, None].astype(np.float32)
+    place = row[at] * width + x.astype(np.intp)
+    inside = (held == x) & (y == row)[at]
+    found = np.zeros((width * height, 2), np.float32)
+    owner = np.full(width * height, -1, np.intp)
+    found[place], owner[place] = offset, of[at]
+    place, offset, at = place[inside], offset[inside], at[inside]
+    found[place], owner[place] = offset, of[at]
+    return found.reshape(height, width, 2), owner.reshape(height, width)
+
+
+def _counted(counts: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """0 to n - 1 for each n of `counts`, one after the other."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _part(flow: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> None:
+    """Let upper and lower lip each go on as they move (in place) over the opening, up to its middle: halfway between a cell of the
+    one and a cell of the other pixels would be taken from what lay between the lips.
+    """
+    edges = np.concatenate([upper_px, lower_px[::-1]])
+    low = np.clip(np.floor(edges.min(axis=0) / step).astype(int) - 2 * _REACH, 0, side.shape[::-1])
+    high = np.clip(np.ceil(edges.max(axis=0) / step).astype(int) + 2 * _REACH, 0, side.shape[::-1])
+    if (high - low).min() < 1:
         return
-    here = np.s_[y : y + height, x : x + width]
-    number = np.zeros((height * step, width * step), np.int32)
-    origin = np.array([x, y], np.float32) * step
-    # Only the triangles that have torn cells in their bounds.
-    count = cv2.integral(torn)
-    cells = np.array(torn.shape[::-1])
-    x0, y0 = np.clip(np.floor(corners_px.min(axis=1) / step).astype(int), 0, cells).T
-    x1, y1 = np.clip(np.ceil(corners_px.max(axis=1) / step).astype(int), 0, cells).T
-    near = np.flatnonzero(count[y1, x1] - count[y0, x1] - count[y1, x0] + count[y0, x0])
-    fixed = np.round((corners_px[near] - origin) * 16 - 8).astype(np.int32)
-    for i, triangle in zip(near, fixed, strict=True):
-        cv2.fillConvexPoly(number, triangle, int(i) + 1, lineType=cv2.LINE_8, shift=4)
-    box = flow[y * step : (y + height) * step, x * step : (x + width) * step]
-    fine = cv2.resize(torn[here], number.shape[::-1], interpolation=cv2.INTER_NEAREST)
-    rows, columns = np.nonzero(
-        (fine[: box.shape[0], : box.shape[1]] > 0) & (number[: box.shape[0], : box.shape[1]] > 0)
-    )
-    at = np.stack([columns, rows], axis=1).astype(np.float32) + origin + np.float32(0.5)
-    box[rows, columns] = _offsets(table[number[rows, columns]], at[:, :1], at[:, 1:])
+    cells = np.s_[low[1] : high[1], low[0] : high[0]]
+    size = ((high - low) * step).tolist()
+    origin = (low * step).astype(np.float32)
+    middle = (upper_px + lower_px) / 2 - origin
+    along = middle[-1] - middle[0]
+    down = np.array([-along[1], along[0]])
+    beyond = np.stack([middle[0] - along, middle[-1] + along])
+    below = _filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), size)
+    reach = 2 * _REACH * step + 1
+    near = np.asarray(cv2.dilate(_filled(edges - origin, size), np.ones((reach, reach), np.uint8)), np.uint8)
+    box = flow[low[1] * step : high[1] * step, low[0] * step : high[0] * step]
+    for one, here in ((1, near & ~below), (-1, near & below)):
+        of_one = (side[cells] == one).astype(np.float32)
+        around = cv2.blur(cv2.merge([*cv2.split(coarse[cells]), np.ones_like(of_one)]) * of_one[..., None], (5, 5))
+        guess = around[..., :2] / np.maximum(around[..., 2:], np.float32(1e-6))
+        whole = np.where((of_one > 0)[..., None] | (around[..., 2:] <= 0), coarse[cells], guess)
+        fine = cv2.resize(whole, size, interpolation=cv2.INTER_LINEAR)[: box.shape[0], : box.shape[1]]
+        cv2.copyTo(np.ascontiguousarray(fine), here[: box.shape[0], : box.shape[1]], box)
+
+
+def _filled(points: F32, size: tuple[int, int]) -> U8:
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_8, shift=4)
+    return mask
 
 
 def warped(picture: Picture, region: Region, flow: F32) -> tuple[U8, U8, U8]:
@@ -108,12 +159,15 @@ def warped(picture: Picture, region: Region, flow: F32) -> tuple[U8, U8, U8]:
     size = (region.width_px, region.height_px)
     where = cv2.add(flow, _grid(*size))
     edge = cv2.BORDER_REPLICATE
-    luma = cv2.remap(y, where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
+    # OpenCV interpolates floats faster than bytes.
+    luma = cv2.remap(y.astype(np.float32), where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
     # The middle of 2 x 2 pixels; chroma sample i covers pixels 2i and 2i + 1, so it lies at 2i + 0.5.
     half = cv2.resize(where, (size[0] // 2, size[1] // 2), interpolation=cv2.INTER_AREA)
     half = cv2.addWeighted(half, 0.5, half, 0.0, -0.25)
-    chroma = [cv2.remap(p, half, None, cv2.INTER_LINEAR, borderMode=edge) for p in (u, v)]  # type: ignore[call-overload]
-    return np.asarray(luma, np.uint8), np.asarray(chroma[0], np.uint8), np.asarray(chroma[1], np.uint8)
+    chroma = cv2.remap(cv2.merge([u, v]), half, None, cv2.INTER_LINEAR, borderMode=edge)  # type: ignore[call-overload]
+    moved_u, moved_v = cv2.split(chroma)
+    y = np.clip(luma + np.float32(0.5), 0, 255).astype(np.uint8)
+    return y, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -36,7 +36,7 @@ from beavervision.models import mesh
 from beavervision.models.basis import GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.mesh import Pose, fit_pose
-from beavervision.models.warp import triangle_flow, warped
+from beavervision.models.warp import Opening, triangle_flow, warped
 
 MEL_PER_STEP = 2
 STEP = Fraction(1, 50)  # seconds of one motion step
@@ -139,7 +139,9 @@ class BeaverSync:
         open_ones = [d for d in drawings if d.hole_area() > _MIN_HOLE_PX]
         if not open_ones:
             return
-        inputs = np.stack([d.painter_input(self._reference) for d in open_ones])
+        inputs = np.empty((len(open_ones), 12, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32)
+        for drawing, layers in zip(open_ones, inputs, strict=True):
+            drawing.show(layers, self._reference)
         (painted,) = self._painter(inputs)
         for drawing, rgb in zip(open_ones, painted, strict=True):
             drawing.fill(np.asarray(rgb, np.float32))
@@ -182,6 +184,7 @@ class _Topology:
     """The triangles that the warp moves: the lower face, and a ring from the jaw line to a frame that stays."""
 
     triangles: npt.NDArray[np.intp]  # (t, 3), into the mesh's points followed by the frame's
+    opening: Opening
     jaw: npt.NDArray[np.intp]
     used: npt.NDArray[np.intp]  # the points that the triangles have
 
@@ -201,7 +204,11 @@ def _topology(points: tuple[int, ...]) -> _Topology:
         ring += [(a, b, c), (b, d, c)]
     # The frame first and the opening before the lips, so that where triangles overlap the face covers the frame.
     triangles = np.concatenate([np.array(ring, np.intp), opening, of_mesh])
-    return _Topology(triangles, jaw, np.unique(triangles))
+    lip_y = mesh.canonical()[mesh.INNER_CORNERS, 1].mean()
+    lower = mesh.canonical()[of_mesh, 1].mean(axis=1) > lip_y
+    side = np.concatenate([np.full(len(ring), -1), np.zeros(len(opening)), np.where(lower, -1, 1)])
+    lips = Opening(mesh.INNER_LIP[:11], mesh.INNER_LIP[[0, *range(19, 9, -1)]], side.astype(np.int8))
+    return _Topology(triangles, lips, jaw, np.unique(triangles))
 
 
 class _Drawing:
@@ -231,7 +238,7 @@ class _Drawing:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         size = (region.width_px, region.height_px)
-        flow, mask = triangle_flow(source - origin, target - origin, topology.triangles, size)
+        flow, mask = triangle_flow(source - origin, target - origin, topology.triangles, topology.opening, size)
         planes = warped(picture, region, flow)
         hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
         alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
@@ -246,15 +253,15 @@ class _Drawing:
         matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px]
         return matrix
 
-    def painter_input(self, reference: _ReferenceMouth) -> F32:
-        """(12, 80, 96): the blanked crop and the opening, the reference, and the reference moved with the jaw."""
-        crop = _view(self._planes, self._color, self._to_crop())
+    def show(self, layers: F32, reference: _ReferenceMouth) -> None:
+        """Fill the painter's `layers` (12, 80, 96): the blanked crop, the opening, the reference, and that moved with the jaw."""
         lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
-        blank = cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01
-        crop[blank] = 0
-        on_jaw = reference.moved(lips[_LOWER_MIDDLE].mean(axis=0))
-        return np.concatenate([crop.transpose(2, 0, 1), hole[None], reference.layers, on_jaw])
+        _view(self._planes, self._color, self._to_crop(), layers[:3])
+        layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01] = 0
+        layers[3] = hole
+        layers[4:8] = reference.layers
+        reference.move(lips[_LOWER_MIDDLE].mean(axis=0), layers[8:])
 
     def fill(self, painted: F32) -> None:
         """Lay the painter's (3, 80, 96) into the opening."""
@@ -310,8 +317,8 @@ def _apply(matrix: F32, points: F32) -> F32:
     return np.asarray(points @ matrix[:, :2].T + matrix[:, 2], np.float32)
 
 
-def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32) -> F32:
-    """The painter's crop (80, 96, 3), 0..1 RGB, of a region's planes through `matrix` (continuous coordinates)."""
+def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> None:
+    """Fill `rgb` (3, 80, 96), the painter's crop, 0..1, with a region's planes through `matrix` (continuous coordinates)."""
     shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     views = []
     for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
@@ -321,8 +328,8 @@ def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32) -> F32:
         views.append(
             cv2.warpAffine(plane, to_crop, _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         )
-    rgb = cv2.transform(cv2.merge(views), color.to_rgb())
-    return rgb.astype(np.float32) * np.float32(1 / 255)
+    for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), color.to_rgb())), strict=True):
+        np.multiply(values, np.float32(1 / 255), out=layer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -334,26 +341,29 @@ class _ReferenceMouth:
 
     @classmethod
     def of(cls, references: Sequence[Reference]) -> _ReferenceMouth:
+        layers = np.zeros((4, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32)
         if not references:
-            return cls(np.zeros((4, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32), np.zeros(2, np.float32))
+            return cls(layers, np.zeros(2, np.float32))
         reference = max(references, key=lambda r: mesh.opening(r.face.points_px))
         matrix = _crop_matrix(fit_pose(reference.face.points_px))
         lips = _apply(matrix, reference.face.points_px[mesh.INNER_LIP, :2])
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
-        view = _view(to_planes(reference.rgb, Color()), Color(), local).transpose(2, 0, 1)
-        return cls(np.concatenate([view, _polygon(lips, _PAINT_SIZE)[None]]), lips[_LOWER_MIDDLE].mean(axis=0))
+        _view(to_planes(reference.rgb, Color()), Color(), local, layers[:3])
+        layers[3] = _polygon(lips, _PAINT_SIZE)
+        return cls(layers, lips[_LOWER_MIDDLE].mean(axis=0))
 
-    def moved(self, lower_lip: F32) -> F32:
-        """The layers, moved so that the lower lip's middle comes to `lower_lip`."""
+    def move(self, lower_lip: F32, out: F32) -> None:
+        """Put the layers into `out`, moved so that the lower lip's middle comes to `lower_lip`."""
         if not self.layers[3].any():
-            return self.layers
+            out[:] = self.layers
+            return
         dx, dy = lower_lip - self.lower_lip
         shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
-        view = np.ascontiguousarray(self.layers[:3].transpose(1, 2, 0))
-        moved = cv2.warpAffine(view, shift, _PAINT_SIZE, borderMode=cv2.BORDER_REPLICATE)
-        hole = cv2.warpAffine(self.layers[3], shift, _PAINT_SIZE)
-        return np.concatenate([moved.transpose(2, 0, 1), hole[None]])
+        for layer, moved, edge in zip(
+            self.layers, out, (*(cv2.BORDER_REPLICATE,) * 3, cv2.BORDER_CONSTANT), strict=True
+        ):
+            cv2.warpAffine(layer, shift, _PAINT_SIZE, dst=moved, borderMode=edge)
 
 
 # The points that the warp may move: everything below the nose in the canonical face.

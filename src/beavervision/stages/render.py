@@ -11,7 +11,8 @@ import numpy as np
 from beavervision.media import F32, Clip, Patch, Picture
 from beavervision.models.detail import MouthDetail
 
-_PACE = 0.15  # of the running means, for each picture: corrections must not flicker
+_EVERY = 3  # one in so many pictures is measured
+_PACE = 0.4  # of the running means, for each that is: corrections must not flicker
 _MAX_SHIFT = 24.0  # 8-bit steps of colour
 _MAX_SHARPEN = 1.5
 _RING_LOW, _RING_HIGH = 8, 200  # mask values that count as the seam
@@ -43,7 +44,7 @@ class Render:
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
         running: _Match | None = None
         mouth = MouthDetail()
-        shot = -1
+        shot, seen = -1, 0
         for clip in clips:
             pictures = []
             nothing = (None,) * len(clip)
@@ -59,9 +60,10 @@ class Render:
                 strict=True,
             ):
                 if now != shot:
-                    running, mouth, shot = None, MouthDetail(), now
+                    running, mouth, shot, seen = None, MouthDetail(), now, 0
                 if self._match and patches:
-                    found = _match_of(picture, patches[0])
+                    found = _match_of(picture, patches[0]) if seen % _EVERY == 0 else None
+                    seen += 1
                     if found is not None:
                         running = running.toward(found) if running is not None else found
                     if running is not None:
@@ -74,18 +76,16 @@ class Render:
 
 def _match_of(picture: Picture, patch: Patch) -> _Match | None:
     """Compare the patch with the picture where the mask passes from one to the other."""
-    ring = (patch.mask > _RING_LOW) & (patch.mask < _RING_HIGH)
-    if int(ring.sum()) < 32:
+    ring = cv2.inRange(patch.mask, _RING_LOW + 1, _RING_HIGH - 1)
+    if cv2.countNonZero(ring) < 32:
         return None
     source, ring_c = picture.planes(patch.region), np.ascontiguousarray(ring[::2, ::2])
     shift = np.zeros(3, np.float32)
     for i, (there, here) in enumerate(zip(source, (patch.y, patch.u, patch.v), strict=True)):
         at = ring if i == 0 else ring_c
-        if at.any():
-            shift[i] = there[at].mean(dtype=np.float64) - here[at].mean(dtype=np.float64)
-    wide = cv2.dilate(ring.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    has = float(np.abs(cv2.Laplacian(patch.y, cv2.CV_32F))[wide].mean())
-    wants = float(np.abs(cv2.Laplacian(source[0], cv2.CV_32F))[wide].mean())
+        shift[i] = cv2.mean(there, at)[0] - cv2.mean(here, at)[0]
+    wide = cv2.dilate(ring, np.ones((5, 5), np.uint8))
+    has, wants = (cv2.mean(np.abs(cv2.Laplacian(p, cv2.CV_16S)), wide)[0] for p in (patch.y, source[0]))
     sharpen = float(np.clip(wants / max(has, 0.25) - 1, 0, _MAX_SHARPEN)) if wants > has * 1.1 else 0.0
     return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT), sharpen)
 
