@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -25,10 +24,10 @@ STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
 _CELLS = 17  # of the grid, to the distance of the eyes
 _SMOOTH_CELLS = 1.1
-_MOVES_PX = 0.12  # cells that move less stay as they are
+_MOVES_PX = 0.25  # cells that move less stay as they are; from twice that on they move as they should
 _LEAST_FACE_PX = 4.0  # between the eyes
 _AROUND = 1.0  # how much of the picture around the face is looked at, in eye distances
-_ROWS = 6  # of cells, remapped together
+_ROWS = 8  # of cells, remapped together
 _LEAST_GAZE_PX = 0.02
 _NECK = np.array([0.0, 1.6, 1.1], np.float32)  # what the head turns about, in the pose-free frame
 # How far beyond the outline, in parts of the way from its middle, the motion of the skin and that of the head reach.
@@ -128,7 +127,9 @@ class _Warp:
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
         """`grid` (rows, columns, 2): how far away each cell of `step` pixels finds its own."""
         self._x, self._y, self._step = x, y, step
-        self._moves = (np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1])) > _MOVES_PX).astype(np.uint8)
+        size = np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1]))
+        self._moves = (size > _MOVES_PX).astype(np.uint8)
+        grid *= _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))[..., None]
         # Where each cell's middle comes from: linear interpolation between these is exact where nothing moves.
         grid[..., 0] += (np.arange(grid.shape[1], dtype=np.float32) + 0.5) * step + (x - 0.5)
         grid[..., 1] += ((np.arange(grid.shape[0], dtype=np.float32) + 0.5) * step + (y - 0.5))[:, None]
@@ -162,47 +163,41 @@ class _Warp:
 
     def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
         planes = _Planes.of(picture, region)
-        rows, columns = self._moves.shape
-        moves = cv2.dilate(self._moves, np.ones((3, 3), np.uint8))
-        for row in range(0, rows, _ROWS):
-            used = np.flatnonzero(moves[row : row + _ROWS].any(axis=0))
+        places = self._places(region)
+        step = self._step
+        for row in range(0, len(self._moves), _ROWS):
+            strip = self._moves[row : row + _ROWS]
+            used = np.flatnonzero(strip.max(axis=0))
             if used.size:
-                box = np.array([used[0], row, used[-1] + 1, min(row + _ROWS, rows)])
-                planes.draw(*self._where(box, region))
+                x, y = self._x + int(used[0]) * step, self._y + row * step
+                planes.draw(*places.box(x, y, self._x + (int(used[-1]) + 1) * step, y + len(strip) * step))
         for eye in eyes:
-            box = eye.box(self._moved_at(eye.middle)).reshape(2, 2) - [self._x, self._y]
-            box = np.clip((box / self._step + [[0, 0], [1, 1]]).astype(int), 0, [columns, rows])
-            x, y, where, _ = self._where(box.ravel(), region)
-            where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4]
+            x, y, where, _ = places.box(*_in_twos(eye.box(self._moved_at(eye.middle))))
+            where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4].copy()
             if where.size:
                 ball = eye.place(where)
                 planes.draw(x, y, where, _halved(where))
-                if ball is not None:
-                    for where, alpha in ball.layers:
-                        planes.draw(x + ball.x, y + ball.y, where, _halved(where), alpha)
+                for layer in ball:
+                    planes.draw(x + layer.x, y + layer.y, layer.where, _halved(layer.where), layer.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
-    def _where(self, cells: npt.NDArray[np.intp], region: Region) -> tuple[int, int, F32, F32]:
-        """A box of cells (x, y, x end, y end) within the region: its first pixel, where its pixels and where its
-        chroma samples come from."""
-        c0, r0, c1, r1 = (int(v) for v in cells)
-        step = self._step
-        # One cell more to each side, between whose middles the outermost pixels lie.
-        a, b = int(c0 > 0), int(r0 > 0)
-        grid = self._grid[r0 - b : r1 + 1, c0 - a : c1 + 1]
-        rows, columns = grid.shape[:2]
-        x, y = self._x + c0 * step, self._y + r0 * step
-        left, top = max(0, -x), max(0, -y)
-        right = max(min((c1 - c0) * step, region.width_px - x), left)
-        bottom = max(min((r1 - r0) * step, region.height_px - y), top)
+    def _places(self, region: Region) -> _Places:
+        """Where all pixels and chroma samples within the region come from."""
+        rows, columns = self._moves.shape
+        step, grid = self._step, self._grid
+        left, top = max(0, -self._x), max(0, -self._y)
+        right = max(min(columns * step, region.width_px - self._x), left)
+        bottom = max(min(rows * step, region.height_px - self._y), top)
         where = cv2.resize(grid, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
         # A chroma sample lies between two pixels: number i at 2 i + 0.5.
         grid = grid * np.float32(0.5) - np.float32(0.25)
         where_c = cv2.resize(grid, (columns * step // 2, rows * step // 2), interpolation=cv2.INTER_LINEAR)
-        where = where[b * step + top : b * step + bottom, a * step + left : a * step + right]
-        at, to = (b * step + top) // 2, (a * step + left) // 2
-        where_c = where_c[at : at + (bottom - top) // 2, to : to + (right - left) // 2]
-        return x + left, y + top, np.asarray(where, np.float32), np.asarray(where_c, np.float32)
+        return _Places(
+            self._x + left,
+            self._y + top,
+            np.asarray(where[top:bottom, left:right], np.float32),
+            np.asarray(where_c[top // 2 : bottom // 2, left // 2 : right // 2], np.float32),
+        )
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
@@ -213,39 +208,62 @@ class _Warp:
         return np.asarray(place + middle - self._grid[cell[1], cell[0]], np.float32)
 
 
+def _in_twos(box: F32) -> tuple[int, int, int, int]:
+    """A box (x, y, x end, y end), grown to even pixels."""
+    x, y = (int(np.floor(v / 2)) * 2 for v in box[:2])
+    right, bottom = (int(np.ceil(v / 2)) * 2 for v in box[2:])
+    return x, y, right, bottom
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Where the pixels of a rectangle of the region, its corner at (x, y), come from, and its chroma samples."""
+
+    x: int
+    y: int
+    where: F32
+    where_c: F32
+
+    def box(self, x: int, y: int, right: int, bottom: int) -> tuple[int, int, F32, F32]:
+        """Of a box of it, all even: its first pixel, and the same of what lies in it (views)."""
+        x, y = max(x, self.x), max(y, self.y)
+        rows, columns = slice(y - self.y, max(bottom - self.y, 0)), slice(x - self.x, max(right - self.x, 0))
+        half_rows, half_columns = (slice(s.start // 2, s.stop // 2) for s in (rows, columns))
+        return x, y, self.where[rows, columns], self.where_c[half_rows, half_columns]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Planes:
-    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats: it is faster."""
+    """The planes of a picture and, of a region, what is drawn from and drawn to. It is interpolated in floats, which is faster."""
 
     new: tuple[U8, U8, U8]
-    old_y: F32
-    old_c: tuple[U8, U8]
+    old: tuple[F32, F32, F32]
     to: tuple[U8, U8, U8]  # views of `new`
 
     @classmethod
     def of(cls, picture: Picture, region: Region) -> _Planes:
         new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
         luma, chroma = region.slices
-        old = (picture.u[chroma], picture.v[chroma])
-        return cls(new, picture.y[luma].astype(np.float32), old, (new[0][luma], new[1][chroma], new[2][chroma]))
+        to = (new[0][luma], new[1][chroma], new[2][chroma])
+        return cls(new, (to[0].astype(np.float32), to[1].astype(np.float32), to[2].astype(np.float32)), to)
 
     def draw(self, x: int, y: int, where: F32, where_c: F32, alpha: F32 | None = None) -> None:
         """Draw what comes from `where`, chroma from `where_c`, with its corner at (x, y), all even; `alpha` mixes it in."""
         if not where.size:
             return
-        luma = _remap(self.old_y, where, cv2.INTER_CUBIC)
+        luma = _remap(self.old[0], where, cv2.INTER_CUBIC)
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
-        self._put(0, x, y, np.asarray(cv2.convertScaleAbs(luma), np.uint8), alpha)
+        self._put(0, x, y, luma, alpha)
         if alpha is not None:
             alpha = np.asarray(cv2.resize(alpha, where_c.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
-        for i, plane in enumerate(self.old_c, 1):
-            self._put(i, x // 2, y // 2, _remap(plane, where_c, cv2.INTER_LINEAR), alpha)
+        for i in (1, 2):
+            self._put(i, x // 2, y // 2, _remap(self.old[i], where_c, cv2.INTER_LINEAR), alpha)
 
-    def _put(self, plane: int, x: int, y: int, new: U8, alpha: F32 | None) -> None:
+    def _put(self, plane: int, x: int, y: int, new: F32, alpha: F32 | None) -> None:
         to = self.to[plane][y : y + new.shape[0], x : x + new.shape[1]]
-        to[:] = (
-            new if alpha is None else (to + (new.astype(np.float32) - to) * alpha + np.float32(0.5)).astype(np.uint8)
-        )
+        if alpha is not None:
+            new = to + (new - to) * alpha
+        cv2.convertScaleAbs(new, to)
 
 
 def _halved(where: F32) -> F32:
@@ -254,8 +272,9 @@ def _halved(where: F32) -> F32:
     return np.asarray(half * np.float32(0.5) - np.float32(0.25), np.float32)
 
 
-def _remap(plane: npt.NDArray[Any], where: F32, how: int) -> npt.NDArray[Any]:
-    return cv2.remap(plane, where, None, how, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload, no-any-return]
+def _remap(plane: F32, where: F32, how: int) -> F32:
+    made: F32 = cv2.remap(plane, where, None, how, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return made
 
 
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
@@ -299,6 +318,8 @@ _EYES = (
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
 _SHADE = 0.045  # how far the upper lid shades the eyeball, in eye distances: what is bared is not taken from there
 _REACH = 0.6  # of the way from the upper lid to the brow, how far its skin moves: a crease higher up, or a frame of glasses, stays
+_BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made up
+_PARTS = 256  # of an eye's length, for each of which the lids' heights are told
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
 
@@ -349,7 +370,7 @@ class _Eye:
         low = _BELOW * self.scale_px + 0.2 * self.span_px
         return np.array([middle[0] - side, middle[1] - up, middle[0] + side, middle[1] + low], np.float32)
 
-    def place(self, source: F32) -> _Ball | None:
+    def place(self, source: F32) -> tuple[_Layer, ...]:
         """Let the lids' skin come from where the lids are.
 
         Args:
@@ -357,7 +378,7 @@ class _Eye:
                 changed.
 
         Returns:
-            What to draw over it.
+            The eyeball, to be drawn over it.
         """
         y, fall, rise, seam = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
@@ -367,12 +388,12 @@ class _Eye:
         under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
         skin = np.where(y < seam, -fall * over, rise * under)
         alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
-        ball = None
-        x, row, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
-        if width:
-            x, row, stop, end = x // 2 * 2, row // 2 * 2, -(-(x + width) // 2) * 2, -(-(row + height) // 2) * 2
-            cut = np.s_[row:end, x:stop]
-            ball = _Ball(x, row, tuple(self._ball(source[cut], y[cut], seam[cut], alpha[cut])))
+        shown = _within(alpha > 0)
+        ball = (
+            ()
+            if shown is None
+            else self._ball(shown, *(plane[shown] for plane in (source, y, fall, rise, seam, alpha)))
+        )
         source[..., 0] += skin * self.down[0]
         source[..., 1] += skin * self.down[1]
         return ball
@@ -392,73 +413,102 @@ class _Eye:
         y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in fine)
         return y, fall, rise, seam
 
-    def _ball(self, source: F32, y: F32, room: F32, alpha: F32) -> Iterator[tuple[F32, F32]]:
-        """The layers of the eyeball: where its pixels come from, and how much of them shows. They come from their own place, drawn
-        along by the gaze."""
+    def _ball(self, cut: _Cut, source: F32, y: F32, fall: F32, rise: F32, room: F32, alpha: F32) -> tuple[_Layer, ...]:
+        """The eyeball's pixels, a cut out of the eye's box, come from their own place, drawn along by the gaze."""
         if np.abs(self.gaze_px).max() >= _LEAST_GAZE_PX:
             t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
             away = source - (self.iris + self.gaze_px - np.float32(0.5))
             far = (np.hypot(away[..., 0], away[..., 1]) / max(self.radius_px, 1.0)).astype(np.float32)
             near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
             source = source - near[..., None] * self.gaze_px
-        if self.close_upper < 0 or self.close_lower < 0:
-            first, second, share = self._bared(source)
-            yield first, alpha
-            yield second, alpha * share
-        else:
-            yield source, alpha
+        over, under = (self._shaded_px(moved) for moved in (fall, rise))
+        # How deep it lies below the upper lid as it is, and above the lower one.
+        hidden = (y + fall < over) | (room - y + rise < under)
+        bared = _within(hidden) if over or under else None
+        if bared is None:
+            return (_Layer.of(cut, source, alpha),)
+        left, right, share = self._bared(source[bared], hidden[bared], over, under)
+        source = source.copy()
+        source[bared] = left
+        return _Layer.of(cut, source, alpha), _Layer.of(cut, right, alpha[bared] * share, bared)
 
-    def _bared(self, source: F32) -> tuple[F32, F32, F32]:
+    def _shaded_px(self, moved: F32) -> np.float32:
+        """How much of what is seen a lid shades that moves so (positive closes); 0 for one that bares nothing."""
+        most = -float(moved.min())
+        return np.float32(min(_SHADE * self.scale_px, most) if most > _BARES_PX else 0)
+
+    def _bared(
+        self, source: F32, hidden: npt.NDArray[np.bool_], over: np.float32, under: np.float32
+    ) -> tuple[F32, F32, F32]:
         """Where to take what an eye that opens further shows and never showed: iris and white are the same all around the pupil, so
         it lies as far from it, at the edge of what is seen.
 
         Args:
-            source: (h, w, 2) places in the region, with what lies under the lids.
+            source: (h, w, 2) places in the region.
+            hidden: (h, w) which of them lie under the lids, or in their shade.
+            over, under: how many pixels of what is seen the upper and the lower lid shade.
 
         Returns:
             The places to the left and to the right of the iris, and the share (h, w) of the latter.
         """
         origin = self.corner - np.float32(0.5)
-        x, y = ((source - origin) @ axis for axis in (self.across, self.down))
+        at_x, at_y = source[..., 0] - origin[0], source[..., 1] - origin[1]
+        x = at_x * self.across[0] + at_y * self.across[1]
+        y = at_x * self.down[0] + at_y * self.down[1]
         iris = self.iris - self.corner
         cx, cy = np.float32(iris @ self.across), np.float32(iris @ self.down)
-        dx, dy = x - cx, y - cy
-        radius = np.float32(max(self.radius_px, 1.0))
+        part = np.linspace(0, 1, _PARTS + 1)
+        upper, lower = (np.interp(part, *lid).astype(np.float32) for lid in self.lids)
+        middle = (upper + lower) * np.float32(0.5)
+        top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
+        to_part = np.float32(_PARTS / self.span_px)
         # How high a circle around the pupil meets the lid; the lids are nearly level there.
-        over, under = self._seen(np.full(1, cx))
-        level = np.where(dy < 0, over, under) - cy
+        at = int(np.clip(cx * to_part, 0, _PARTS))
+        dx, dy = x - cx, y - cy
+        level = np.where(dy < 0, top[at] - cy, low[at] - cy)
         reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
+        radius = np.float32(max(self.radius_px, 1.0))
         aside = _unit(np.abs(dx) / radius - 1)  # far from the iris all is white, and there is no further
-        top, low = self._seen(x)
-        hidden = (y < top) | (y > low)
         places = []
-        for turned in (-reach, reach):
-            to = np.clip(turned + cx, 0.1 * self.span_px, 0.9 * self.span_px)
-            to = np.where(hidden, to + (x - to) * aside, x).astype(np.float32)
-            top, low = self._seen(to)
-            height = np.where(hidden, np.clip(y, top, low), y)
-            places.append(np.asarray(origin + to[..., None] * self.across + height[..., None] * self.down, np.float32))
+        for turned in (cx - reach, cx + reach):
+            to = np.minimum(np.maximum(turned, np.float32(0.1 * self.span_px)), np.float32(0.9 * self.span_px))
+            to += (x - to) * aside
+            index = (to * to_part).astype(np.intp).clip(0, _PARTS)
+            height = np.minimum(np.maximum(y, top.take(index)), low.take(index))
+            place = source.copy()
+            for axis in (0, 1):
+                new = origin[axis] + to * self.across[axis] + height * self.down[axis]
+                np.copyto(place[..., axis], new, where=hidden)
+            places.append(place)
         right = _unit(dx / radius + np.float32(0.5))
-        return places[0], places[1], np.asarray(right * right * (3 - 2 * right), np.float32)
+        return places[0], places[1], right * right * (3 - 2 * right)
 
-    def _seen(self, x: F32) -> tuple[F32, F32]:
-        """From where to where the eyeball is seen, and not in the shade of the lids, at `x` pixels from the corner."""
-        upper, lower = (np.interp(x * np.float32(1 / self.span_px), *lid).astype(np.float32) for lid in self.lids)
-        shade_px, middle = np.float32(_SHADE * self.scale_px), (upper + lower) * np.float32(0.5)
-        over, under = (
-            np.float32(min(max(-4 * close, 0), 1)) * shade_px for close in (self.close_upper, self.close_lower)
-        )
-        return np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
+
+_Cut = tuple[slice, slice]
+
+
+def _within(mask: npt.NDArray[np.bool_]) -> _Cut | None:
+    """Rows and columns, from and to even ones, around what is set; None where nothing is."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    if not width:
+        return None
+    return slice(y // 2 * 2, -(-(y + height) // 2) * 2), slice(x // 2 * 2, -(-(x + width) // 2) * 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ball:
-    """The eyeball, to be drawn over the lids' skin: its place in the eye's box, and layers: where each comes from, and how much
-    of it shows."""
+class _Layer:
+    """What is drawn over an eye: its place in the eye's box, where it comes from, and how much of it shows."""
 
     x: int
     y: int
-    layers: tuple[tuple[F32, F32], ...]
+    where: F32
+    alpha: F32
+
+    @classmethod
+    def of(cls, cut: _Cut, where: F32, alpha: F32, part: _Cut = (slice(0, None), slice(0, None))) -> _Layer:
+        """Of a cut out of the eye's box a part."""
+        rows, columns = part
+        return cls(cut[1].start + columns.start, cut[0].start + rows.start, where[part], alpha[part])
 
 
 def _unit(values: F32) -> F32:
