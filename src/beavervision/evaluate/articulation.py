@@ -147,7 +147,7 @@ def articulation(
     phones: list[Phone] = []
     with tempfile.TemporaryDirectory(prefix="beavervision-articulation-") as scratch:
         sound, out = Path(scratch) / "speech.wav", Path(scratch) / "out.mp4"
-        write_wav(_spoken(pipeline, sentences, voice, seed, phones), sound)
+        write_wav(spoken(pipeline, sentences, voice, seed, phones), sound)
         report = pipeline.lipsync(face, out, audio=sound, alive=False, on_progress=on_progress)
         track = lip_track(out, FaceNets())
     if track.seen < _LEAST_SEEN:
@@ -309,7 +309,7 @@ def _plain(phone: Phone) -> str:
     return phone.ipa.rstrip("ːʰʲ\u0303")
 
 
-def _spoken(
+def spoken(
     pipeline: Pipeline, sentences: Sequence[str], voice: str | None, seed: int, phones: list[Phone]
 ) -> Iterator[SpeechChunk]:
     """The sentences with silence between them; `phones` is filled with their phones on one clock."""

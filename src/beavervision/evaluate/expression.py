@@ -6,6 +6,9 @@
 - *Speech*: a talking clip is drawn with each preset at 0.6. The opening of the lips over time is held against that of the clip
   as it was, and so are its closures: the times at which the gap is in the lowest 15 % of its range, from the 5th to the 95th
   percentile. (Each clip's own range: where brows and eyes differ, the net reads the very same lips a little differently.)
+- *Phones*: the quiet pictures of the same people, as stills, speak two sentences rich in p, b and m whose phones have exact
+  times. The lips, drawn with and without each preset, are held against them (``closed`` of
+  :mod:`beavervision.evaluate.articulation`) and against each other.
 - *Flicker* of what the presets move, against the same pixels of the source; and whether anything beyond the face and its
   margin changed.
 - *Cost*: CPU time of one picture of 720p, at a face of 400 pixels, one thread.
@@ -13,9 +16,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,16 +33,20 @@ from rich.table import Table
 from rich.text import Text
 
 from beavervision.errors import BeaverVisionError, InputError, UsageError
+from beavervision.evaluate.articulation import judged, spoken
 from beavervision.evaluate.follow import TalkerRow, talker_rows
 from beavervision.evaluate.scores import flicker, pearson
+from beavervision.evaluate.tracks import NO_LIPS, LipTrack, lips_of
 from beavervision.expression.controls import PRESETS, look_of
-from beavervision.media import BLENDSHAPES, F32, U8, Face, FaceState, Picture, Region
+from beavervision.media import BLENDSHAPES, F32, U8, Clip, Expression, Face, FaceState, Frames, Picture, Region
 from beavervision.models import mesh
 from beavervision.models.expression import load_basis
 from beavervision.models.face import Crop, FaceNets, blendshape_names
+from beavervision.pipeline import Pipeline
+from beavervision.speech import Phone
 from beavervision.stages.decode import Decode
 from beavervision.stages.detect import Detect
-from beavervision.stages.express import STILL, expressed
+from beavervision.stages.express import STILL, Express, expressed
 
 # The blendshapes of one movement, by what ends on them.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -59,6 +68,11 @@ _FACE_PX, _PICTURE_PX = 400, (1280, 720)  # for the cost
 _LOOKED_AT = 24  # pictures, of which the quietest is taken
 _LEAST_FACE_PX = 120
 _TALKING = 75  # pictures of a clip with presets
+_RATE = Fraction(25)  # of the stills that speak
+SENTENCES = (
+    "My baby brother Bob may buy a brown puppy, maybe on Monday.",
+    "Pam, please put both plump apples back by the top of the map.",
+)
 _CLOSED_SHARE, _RANGE = 0.15, (0.05, 0.95)
 _BEYOND = 0.75  # face widths around the face beyond which nothing may change
 _RUNS = 20
@@ -98,6 +112,21 @@ class Speech:
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """A preset on synthetic speech, summed over the faces: closed at so many of the p, b and m, and at so many without the preset;
+    opening_r is the median correlation of the opening with that without it."""
+
+    closed: int
+    closed_plain: int
+    of: int
+    opening_r: float
+
+    @property
+    def kept(self) -> float:
+        return self.closed / self.closed_plain if self.closed_plain else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ExpressionReport:
     """As the module describes. same: a control of 0 gave the same picture for all; outside: the share of the pixels
     beyond the face that changed; ms: CPU time by what was asked for."""
@@ -106,6 +135,7 @@ class ExpressionReport:
     rises: dict[str, Rise]
     same: bool
     speech: dict[str, Speech]
+    phones: dict[str, Spoken]
     outside: float
     ms: dict[str, float]
     left_out: dict[str, str]
@@ -159,11 +189,12 @@ def evaluate_expression(
     largest = sorted(faces, key=lambda file: -float(np.ptp(faces[file][1].points_px[:, 0])))[:talking]
     for i, file in enumerate(largest):
         _told(on_progress, people + i + 1, people + talking, file)
-        for name, spoken in _talk(folder / file, nets):
-            of.setdefault(name, []).append(spoken)
+        for name, one in _talk(folder / file, nets):
+            of.setdefault(name, []).append(one)
     speech = {name: _summed(all_spoken) for name, all_spoken in of.items()}
     outside = max((s.outside for all_spoken in of.values() for s in all_spoken), default=0.0)
-    return ExpressionReport(tuple(faces), rises, same, speech, outside, cost(*seen[0]), left_out)
+    phones = spoken_phones([faces[file][0] for file in largest], nets)
+    return ExpressionReport(tuple(faces), rises, same, speech, phones, outside, cost(*seen[0]), left_out)
 
 
 def quiet_face(path: Path, nets: FaceNets) -> tuple[Picture, Face] | None:
@@ -266,6 +297,51 @@ def _summed(spoken: Sequence[_Spoken]) -> Speech:
     )
 
 
+def spoken_phones(stills: Sequence[Picture], nets: FaceNets) -> dict[str, Spoken]:
+    """Let each still speak :data:`SENTENCES`, plain and with each preset."""
+    pipeline = Pipeline(device="cpu")
+    phones: list[Phone] = []
+    chunks = list(spoken(pipeline, SENTENCES, None, 0, phones))
+    by_preset: dict[str, list[Spoken]] = {}
+    for still in stills:
+        frames = (Frames((still,) * 8, start, _RATE) for start in itertools.count(0, 8))
+        clips = list(pipeline.clips(map(Clip, frames), (chunk.audio for chunk in chunks)))
+        plain = _lips(clips, nets)
+        closed_plain = judged(plain, phones).closed.right
+        for name in PRESETS:
+            look = look_of({name: PRESET_AT})
+            if look.any():
+                wished = (replace(clip, expression=_constant(look, len(clip))) for clip in clips)
+                made = _lips(Express(load_basis())(wished), nets)
+                closed = judged(made, phones).closed
+                one = Spoken(closed.right, closed_plain, closed.of, pearson(made.gap, plain.gap))
+                by_preset.setdefault(name, []).append(one)
+    return {
+        name: Spoken(
+            sum(one.closed for one in ones),
+            sum(one.closed_plain for one in ones),
+            sum(one.of for one in ones),
+            float(np.median([one.opening_r for one in ones])),
+        )
+        for name, ones in by_preset.items()
+    }
+
+
+def _constant(look: F32, pictures: int) -> Expression:
+    return Expression(np.tile(look[:BLENDSHAPES], (pictures, 1)), np.tile(STILL + look[BLENDSHAPES:], (pictures, 1)))
+
+
+def _lips(clips: Iterable[Clip], nets: FaceNets) -> LipTrack:
+    """The lips found again in what was drawn."""
+    rows = []
+    for clip in clips:
+        assert clip.track is not None
+        for picture, face in zip(clip.frames.pictures, clip.track.faces, strict=True):
+            found = None if face is None else nets.face(picture, Crop.of_points(face.points_px), shapes=False)
+            rows.append(NO_LIPS if found is None else lips_of(found, mesh.fit_pose(found.points_px)))
+    return LipTrack(np.array(rows, np.float32), _RATE)
+
+
 def _closed(gap: F32) -> Mask:
     low, high = np.nanquantile(gap, _RANGE)
     return np.asarray(gap < low + _CLOSED_SHARE * (high - low))
@@ -346,7 +422,16 @@ def format_table(report: ExpressionReport) -> RenderableType:
             f"{rise.gaze:.2f}",
         )
     speech = Table(title=f"presets at {PRESET_AT:g}")
-    for heading in ("preset", "opening kept, r", "closures kept", "flicker", "CPU ms"):
+    for heading in (
+        "preset",
+        "opening kept, r",
+        "closures kept",
+        "flicker",
+        "phones: r",
+        "p b m closed",
+        "plain",
+        "CPU ms",
+    ):
         speech.add_column(heading, justify="left" if heading == "preset" else "right")
     for name, ms in report.ms.items():
         said = report.speech.get(name)
@@ -355,7 +440,13 @@ def format_table(report: ExpressionReport) -> RenderableType:
             if said is None
             else (f"{said.opening_r:.3f}", f"{said.closures_kept:.0%}", f"{said.flicker:.2f}")
         )
-        speech.add_row(name, *figures, f"{ms:.1f}")
+        phone = report.phones.get(name)
+        spoken_ones = (
+            ("-",) * 3
+            if phone is None
+            else (f"{phone.opening_r:.3f}", f"{phone.closed} of {phone.of}", f"{phone.closed_plain}")
+        )
+        speech.add_row(name, *figures, *spoken_ones, f"{ms:.1f}")
     return Group(
         rises,
         speech,

@@ -19,6 +19,7 @@ _OUTER = len(mesh.OUTER_LIP)
 _MIDDLE_UPPER = _OUTER + np.array([3, 4, 5, 6, 7])  # of a track's points: the inner upper lip, without its corners,
 _MIDDLE_LOWER = _OUTER + np.array([17, 16, 15, 14, 13])  # and the points below
 _CORNERS = np.array([0, 10])  # of the outer lip
+NO_LIPS = np.full((_OUTER + len(mesh.INNER_LIP), 2), np.nan, np.float32)  # the row of a picture without a face
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +77,7 @@ def lip_track(path: Path | str, nets: FaceNets) -> LipTrack:
     Raises:
         MediaError: the file cannot be read.
     """
-    blank = np.full((_OUTER + len(mesh.INNER_LIP), 2), np.nan, np.float32)
-    rows = [blank if face is None else lips_of(face, mesh.fit_pose(face.points_px)) for _, face in watched(path, nets)]
-    return LipTrack(np.array(rows, np.float32).reshape(-1, *blank.shape), probe(path).rate)
+    rows = [
+        NO_LIPS if face is None else lips_of(face, mesh.fit_pose(face.points_px)) for _, face in watched(path, nets)
+    ]
+    return LipTrack(np.array(rows, np.float32).reshape(-1, *NO_LIPS.shape), probe(path).rate)
