@@ -124,6 +124,38 @@ def test_file_without_time_stamps(tmp_path: Path) -> None:
     assert numbers(itertools.islice(Decode(block=1)(path), 70)) == [*range(30), *range(28, 0, -1), *range(12)]
 
 
+def test_fields_become_whole_pictures_at_their_own_times(tmp_path: Path) -> None:
+    """A bar that moves between the two fields of a picture stands as a comb in the file, and not in what is decoded."""
+
+    def field(at: int) -> np.ndarray:
+        luma = np.full((96, 128), 60, np.uint8)
+        luma[:, 10 + at : 40 + at] = 200
+        return luma
+
+    pictures = []
+    for number in range(24):
+        luma = field(4 * number % 80)
+        luma[1::2] = field((4 * number + 2) % 80)[1::2]
+        pictures.append(video_frame(luma))
+    tags = {"x264-params": "tff=1:interlaced=1"}
+    path = make_video(tmp_path / "fields.mp4", frames=pictures, pictures=24, options=tags)
+    info = probe(path)
+    assert info.interlaced and info.frames == 24 and any("fields" in note for note in info.notes)
+    clips = list(Decode(extend="none")(info))
+    shown = [picture.y.astype(int) for clip in clips for picture in clip.frames.pictures]
+    assert len(shown) == 24
+
+    def comb(luma: np.ndarray) -> float:
+        return float(np.abs(luma[1:-1] - (luma[:-2] + luma[2:]) / 2).max(axis=0).mean())
+
+    assert comb(np.asarray(pictures[5].to_ndarray()[:96], int)) > 4
+    assert max(comb(luma) for luma in shown[1:-1]) < 2
+    for number in (3, 10, 17):
+        left = int(np.argmax(shown[number].mean(axis=0) > 130))
+        assert left == pytest.approx(10 + 4 * number % 80, abs=2), "a picture moved in time"
+    assert not probe(make_video(tmp_path / "whole.mp4", pictures=5)).interlaced
+
+
 # Extending
 
 

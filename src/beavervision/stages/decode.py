@@ -22,6 +22,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
+from av.filter import Graph
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation
@@ -108,6 +109,7 @@ class SourceInfo:
     codec: str
     audio: tuple[AudioStream, ...]
     notes: tuple[str, ...]
+    interlaced: bool = False
 
     @property
     def has_audio(self) -> bool:
@@ -478,7 +480,7 @@ def _describe(
     if first.color_trc in _HDR_TRANSFERS:
         notes.append("HDR: kept in 8 bits, so smooth areas may show bands")
     if first.interlaced_frame:
-        notes.append("interlaced: the pictures are not deinterlaced")
+        notes.append("interlaced: whole pictures were made of its fields")
     if not timing.constant:
         notes.append(f"variable frame rate: written at {float(timing.rate):.3f} pictures a second")
     turn = _display_matrix(first)
@@ -502,6 +504,7 @@ def _describe(
         codec=stream.codec_context.name,
         audio=_audio_streams(container),
         notes=tuple(notes),
+        interlaced=bool(first.interlaced_frame),
     )
 
 
@@ -537,6 +540,41 @@ def _frames(
         on_note(f"{bad} damaged part{'s' * (bad > 1)} of the video skipped; the picture before holds meanwhile")
 
 
+def _deinterlaced(frames: Iterator[av.VideoFrame], base: Fraction) -> Iterator[av.VideoFrame]:
+    """Whole pictures made of fields, one for each frame at its own time; frames that are whole already pass as they are."""
+    graph: Graph | None = None
+    shape = None
+    for frame in frames:
+        if shape != (frame.width, frame.height, frame.format.name):
+            if graph is not None:
+                yield from _filtered(graph, None, base)
+            shape = (frame.width, frame.height, frame.format.name)
+            graph = Graph()
+            graph.threads = 1
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)
+            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+            graph.configure()
+        assert graph is not None
+        yield from _filtered(graph, frame, base)
+    if graph is not None:
+        yield from _filtered(graph, None, base)
+
+
+def _filtered(graph: Graph, frame: av.VideoFrame | None, base: Fraction) -> Iterator[av.VideoFrame]:
+    """What a graph gives after one more frame, or at the end; its times are put back into the stream's own base."""
+    graph.push(frame)
+    while True:
+        try:
+            out = graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return
+        assert isinstance(out, av.VideoFrame)
+        if out.pts is not None and out.time_base is not None:
+            out.duration = round(out.duration * out.time_base / base)
+            out.pts, out.time_base = round(out.pts * out.time_base / base), base
+        yield out
+
+
 @dataclass(frozen=True, slots=True)
 class _Span:
     """A decoded frame and the picture numbers it shows for: begin <= number < end."""
@@ -562,7 +600,8 @@ def _spans(
     shift = Fraction(0)
     last: Fraction | None = None
     held: tuple[int, av.VideoFrame] | None = None
-    for frame in _frames(container, stream, on_note):
+    frames = _frames(container, stream, on_note)
+    for frame in _deinterlaced(frames, base) if info.interlaced else frames:
         follows = last + usual if last is not None else Fraction(0)
         time = frame.pts * base - info.start + shift if frame.pts is not None else follows
         if last is not None and not -_BACK_S <= time - last <= _JUMP_S:
