@@ -106,6 +106,12 @@ def test_a_video_without_a_face(cli: Cli, tmp_path: Path, place: Path) -> None:
     assert not any(place.iterdir())
 
 
+def test_a_face_that_is_not_there(cli: Cli, place: Path, portrait: Path) -> None:
+    ran = cli("lipsync", portrait, "--text", "Hello.", "-o", place / "a.mp4", "--face", "3")
+    refused(ran, 3, "is not there", "1 was seen", "--face")
+    assert not any(place.iterdir())
+
+
 # --- the words --------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +296,8 @@ def test_debug_may_be_set_in_the_environment(cli: Cli, monkeypatch: pytest.Monke
         (["lipsync", "a.png", "-o", "b.mp4", "--text", "a", "--crf", "70"], ["crf"]),
         (["lipsync", "a.png", "-o", "b.mp4", "--text", "a", "--fit", "bend"], ["bend", "loop"]),
         (["lipsync", "a.png", "-o", "b.mp4", "--text", "a", "--sheet", "b.jpg"], [".png"]),
+        (["say", "Hello.", "-o", "b.mp3"], ["b.mp3", ".wav"]),
+        (["evaluate", "sync", "a.mp4", "--plot", "b.jpg"], ["b.jpg", ".png"]),
         (["bench", "--seconds", "0"], ["seconds"]),
     ],
 )

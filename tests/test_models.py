@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,9 @@ class Evil:
 @pytest.mark.torch
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch (extra gpu)")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(tmp_path / "pwned")))
+    with pytest.raises(ModelError, match="refused"):
+        ModelStore(tmp_path / "data").add(tmp_path / "plain.pth")
     for modern in (True, False):
         torch.save(
             {"state_dict": Evil(tmp_path / "pwned")}, tmp_path / "evil.pth", _use_new_zipfile_serialization=modern
@@ -251,9 +255,10 @@ def test_other_files_are_refused_with_the_first_difference(tmp_path: Path) -> No
         torch.save(change, checkpoint)
         with pytest.raises(ModelError, match=message):
             store.add(checkpoint)
-    checkpoint.write_text("not a checkpoint")
-    with pytest.raises(ModelError, match="no PyTorch checkpoint"):
-        store.add(checkpoint)
+    for junk in (b"not a checkpoint", b"a\n", b"\x80\x02.", b"PK\x03\x04" + bytes(60), b"\x80\x04\x8c\xff"):
+        checkpoint.write_bytes(junk)
+        with pytest.raises(ModelError, match="no PyTorch checkpoint"):
+            store.add(checkpoint)
     with pytest.raises(ModelError, match="cannot be read"):
         store.add(tmp_path / "nowhere.pth")
     with pytest.raises(ModelError, match="no model name"):

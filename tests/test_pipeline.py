@@ -146,6 +146,19 @@ def test_subtitles_speak_at_their_times(still: Path, tmp_path: Path) -> None:
     report = pipeline().lipsync(still, tmp_path / "out.mp4", subtitles=cues)
     assert [c["start_ms"] for c in report.speech["cues"]] == [500, 2000]
     assert report.speech["seconds"] > 2.2
+    assert not any("cues" in note for note in report.notes)
+
+
+def test_cues_that_are_too_long_are_sped_up_and_told(still: Path, tmp_path: Path) -> None:
+    cues = tmp_path / "cues.srt"
+    cues.write_text(
+        "1\n00:00:00,000 --> 00:00:00,400\nThis takes much longer than that.\n\n2\n00:00:03,000 --> 00:00:04,000\nGoodbye.\n"
+    )
+    report = pipeline().lipsync(still, tmp_path / "out.mp4", subtitles=cues)
+    first = report.speech["cues"][0]
+    assert first["speed"] > 1.2 and first["overrun_ms"] > 0
+    (note,) = (note for note in report.notes if "cues" in note)
+    assert note.startswith("1 of 2 cues") and "cue 1 by" in note and "Shorten" in note
 
 
 def test_a_picture_without_a_face_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ class Pipeline:
             | ({} if restorer is None else {"restore": restore, "restore_area": restore_area}),
             track=watch.facts(),
             times=times.report(),
-            notes=tuple(dict.fromkeys(notes)),
+            notes=tuple(dict.fromkeys((*notes, *words.notes()))),
         )
 
     def look(
@@ -454,8 +454,10 @@ class Pipeline:
                     seen = survey([picture], nets, choice)
         if not seen.references:
             raise NoFaceError(
-                f"{info.path}: no face was found. Use a picture that shows a face from the front, at least 30 pixels wide"
-                + (", or choose another face." if seen.faces_seen else ".")
+                f"{info.path}: no face was found. Use a picture that shows a face from the front, at least 30 pixels wide."
+                if not seen.faces_seen
+                else f"{info.path}: the face that was asked for is not there, or never seen from the front; "
+                f"{seen.faces_seen} {'was' if seen.faces_seen == 1 else 'were'} seen. Choose another with --face."
             )
         return seen
 
@@ -658,6 +660,10 @@ class _Words:
     def facts(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the sound, once it has all been heard."""
+        return ()
+
     def pictures(self, rate: Fraction) -> int | None:
         """How many pictures the sound needs: estimated while it is synthesised, None while nothing is known."""
         samples = self._estimate() if self._samples is None else self._samples
@@ -750,6 +756,17 @@ class _Synthetic(_Words):
             names = CueReport.__slots__
             facts["cues"] = [{name: getattr(cue, name) for name in names} for cue in self._cues]
         return facts
+
+    def notes(self) -> tuple[str, ...]:
+        cues = self._cues or []
+        long = [cue for cue in cues if cue.overrun_ms]
+        if not long:
+            return ()
+        worst = max(long, key=lambda cue: cue.overrun_ms)
+        return (
+            f"{len(long)} of {len(cues)} cues end after their time, although they were sped up: cue {worst.index} by "
+            f"{worst.overrun_ms / 1000:.1f} s. Shorten their text; the report has all of them.",
+        )
 
 
 def _expected(fit: Fit, info: SourceInfo, words: _Words) -> int | None:

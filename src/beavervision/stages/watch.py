@@ -142,7 +142,8 @@ class Watch:
             tile = np.zeros((height, width, 3), np.uint8)
             tile[: rgb.shape[0], : rgb.shape[1]] = rgb
             label = f"{float(number / self.rate):.2f} s"
-            cv2.putText(tile, label, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+            for shade, thick in ((0, 3), (255, 1)):  # an outline, for bright pictures
+                cv2.putText(tile, label, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (shade,) * 3, thick, cv2.LINE_AA)
             tiles.append(tile)
         columns = min(8, len(tiles))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
