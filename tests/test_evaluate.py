@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
@@ -15,14 +16,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from beavervision.errors import BeaverVisionError, InputError, MediaError, UsageError
+from beavervision.errors import BeaverVisionError, InputError, MediaError, OutputError, UsageError
 from beavervision.evaluate import bench as bench_module
 from beavervision.evaluate import follow as follow_module
 from beavervision.evaluate import scores
+from beavervision.evaluate import table as table_module
 from beavervision.evaluate.alone import call_alone
+from beavervision.evaluate.articulation import ArticulationReport, Share
 from beavervision.evaluate.bench import BenchReport, MemoryReport, bench, compare_memory, format_table
-from beavervision.evaluate.follow import ClipFollow, FollowReport, follow, mouth_trace
+from beavervision.evaluate.follow import (
+    ClipFollow,
+    Control,
+    FollowReport,
+    MouthTrace,
+    TalkerRow,
+    follow,
+    mouth_trace,
+)
 from beavervision.evaluate.samples import portrait
+from beavervision.evaluate.sheets import sheets
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Pipeline
@@ -294,6 +306,8 @@ def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
     assert clip.in_time
     assert abs(clip.lag_ms) < 25, "the sound's offset in the index was not corrected"
     assert "two.wav" in report.left_out
+    assert clip.real is not None and clip.real.opening_r > 0.98 and clip.real.lmd < clip.lmd < 0.1
+    assert clip.people_mean_lmd is None and clip.chance is None, "there is nobody else"
     figures = json.loads(json.dumps(report.as_dict()))
     assert figures["median_opening_r"] == pytest.approx(clip.opening_r, abs=1e-3)
     assert figures["share_in_time"] == 1
@@ -311,9 +325,10 @@ def test_the_still_is_a_closed_mouth(talkers: Path) -> None:
     gap = float(points[14, 1] - points[13, 1])
     assert gap < np.quantile(trace.opening, 0.25) + 0.01
     assert np.ptp(trace.opening) > 0.02, "the mouth did not move"
-    opening, _ = trace.at(np.array([-1.0, trace.times_s[3], 1e3]))
-    assert np.isnan(opening[[0, 2]]).all()
-    assert opening[1] == trace.opening[3]
+    moved = trace.at(np.array([-1.0, trace.times_s[3], 1e3]))
+    assert np.isnan(moved.opening[[0, 2]]).all() and np.isnan(moved.lips[[0, 2]]).all()
+    assert moved.opening[1] == trace.opening[3]
+    assert np.array_equal(moved.lips[1], trace.lips[3])
 
 
 def test_a_folder_without_an_index_and_a_split_without_clips(tmp_path: Path, talkers: Path) -> None:
@@ -330,7 +345,87 @@ def test_a_folder_without_an_index_and_a_split_without_clips(tmp_path: Path, tal
 
 def test_the_report_is_made_of_medians() -> None:
     rows = [(0.2, 0, 0.0), (0.6, 1, 30.0), (0.7, -5, -200.0)]
-    clips = tuple(ClipFollow("f", 3.0, r, r / 2, 1.0, k, ms, r) for r, k, ms in rows)
+    clips = tuple(ClipFollow("f", 3.0, r, r / 2, 1.0, k, ms, r, lmd=r / 10, clip_mean_lmd=0.1) for r, k, ms in rows)
     report = FollowReport("validate", {}, clips, {})
     assert (report.opening_r, report.width_r) == pytest.approx((0.6, 0.3))
     assert report.in_time == pytest.approx(2 / 3)
+    assert (report.lmd, report.lmd_of_clip_mean) == pytest.approx((0.06, 0.6))
+    assert report.lmd_of_people_mean is None and report.control("real") is None
+    controlled = replace(clips[0], people_mean_lmd=0.04, real=Control(0.9, 0.8, True, 0.001))
+    report = FollowReport("validate", {}, (*clips[1:], controlled), {})
+    assert report.lmd_of_people_mean == pytest.approx(0.5)
+    assert report.control("real") == {"opening_r": 0.9, "width_r": 0.8, "lmd": 0.001, "share_in_time": 1.0}
+
+
+def test_a_mean_mouth_is_that_of_other_people_each_counting_alike() -> None:
+    def seen(person: str, value: float, seconds: float = 3.0) -> follow_module._Seen:
+        times_s = np.arange(20) / 25
+        wave = np.sin(times_s * 30 + value).astype(np.float32)
+        lips = np.full((20, 40, 2), value, np.float32)
+        trace = MouthTrace(times_s, wave, wave, lips)
+        row = TalkerRow(f"{person}{value}.mp4", seconds, 0.0, person)
+        return follow_module._Seen(row, trace, trace, trace, scores.Lag(0, 0.0, 1.0), 0.04)
+
+    one = seen("a", 0.0)
+    crowd = [one, seen("a", 50.0), seen("b", 1.0), seen("b", 3.0), seen("c", 6.0, seconds=2.0)]
+    clip = follow_module._measured(one, crowd)
+    # b's mean is 2, c's is 6, and a's own other clip does not count: every point is 4 away in both directions.
+    assert clip.people_mean_lmd == pytest.approx(4 * math.sqrt(2), rel=1e-4)
+    assert (clip.lmd, clip.clip_mean_lmd) == (0, 0)
+    assert clip.real is not None and clip.real.opening_r == 1
+    assert clip.chance is not None and clip.chance.opening_r < 0.9, "held against its own words"
+    assert follow_module._measured(one, [one]).chance is None
+
+
+def test_one_clip_of_each_person_is_chosen_over_the_whole_index() -> None:
+    rows = [TalkerRow(f"{n}.mp4", 3.0, 0.0, f"p{n // 2}") for n in range(12)]
+    assert [row.file for row in follow_module.one_each(rows, 3)] == [f"{n}.mp4" for n in (0, 4, 8, 2, 6, 10)]
+
+
+# The table and the sheets --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def couple(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same clip as if it were of two people."""
+    folder = tmp_path_factory.mktemp("couple")
+    lines = ["file\tsplit\tperson\tseconds\tsync_lag_s"]
+    for name in ("a", "b"):
+        (folder / f"{name}.mkv").symlink_to(talkers / "one.mkv")
+        lines.append(f"{name}.mkv\tvalidate\t{name}\t3\t0.08")
+    (folder / "index.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Share(9, 10, 0.5)
+    spoken = ArticulationReport(share, share, share, share, share, share, 0.05, 0.2, 9.0, 1.0, {})
+    monkeypatch.setattr(table_module, "articulation", lambda *args: spoken)
+    report = table_module.table(couple, model="beaver", device="cpu", limit=1)
+    (clip,) = report.clips
+    assert clip.made.opening_r is not None and clip.made.opening_r > 0.8
+    assert clip.made.lag_ms is not None and abs(clip.made.lag_ms) < 30, "the sound's offset was not corrected"
+    assert clip.real.opening_r is not None and clip.real.opening_r > 0.98
+    assert clip.real.quality > clip.made.quality
+    assert clip.real.psnr_db is not None and clip.made.psnr_db is not None
+    assert clip.real.psnr_db > clip.made.psnr_db > 20
+    assert clip.made.sync_confidence is None, "three seconds are too short for the scorer"
+    assert min(clip.made.quality, 0.9) < report.articulated < max(clip.made.quality, 0.9)
+    told = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert told["median_made"]["opening_r"] == clip.made.opening_r
+    assert "real video" in _printed(table_module.format_table(report))
+    assert {panel.title for panel in table_module.panels(report)} >= {"quality", "PSNR dB", "flicker"}
+
+
+def test_sheets_show_each_person_with_a_text_and_with_anothers_speech(couple: Path, tmp_path: Path) -> None:
+    report = sheets(couple, tmp_path / "out", people=2, text="Hello there.", model="beaver", device="cpu")
+    assert [(sheet.face, sheet.voice) for sheet in report.sheets] == [
+        ("a.mkv", "synthetic"), ("a.mkv", "b.mkv"), ("b.mkv", "synthetic"), ("b.mkv", "a.mkv"),
+    ]  # fmt: skip
+    for sheet in report.sheets:
+        assert Path(sheet.video).stat().st_size and Path(sheet.sheet).read_bytes().startswith(b"\x89PNG")
+        assert sheet.drawn == 1
+    with pytest.raises(UsageError, match="two people"):
+        sheets(couple, tmp_path, people=1)
+    with pytest.raises(OutputError):
+        sheets(couple, couple / "index.tsv" / "out", people=2)

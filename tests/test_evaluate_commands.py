@@ -13,7 +13,7 @@ from beavervision.evaluate import follow as module
 from beavervision.evaluate.follow import ClipFollow, FollowReport
 from tests.conftest import Ran
 
-CLIP = ClipFollow("a.mp4", 3.0, 0.7, 0.6, 0.9, 0, 5.0, 0.71)
+CLIP = ClipFollow("a.mp4", 3.0, 0.7, 0.6, 0.9, 0, 5.0, 0.71, 0.05, 0.06)
 
 
 def test_follow_hands_its_options_on_and_tells_of_the_clips(
@@ -33,7 +33,9 @@ def test_follow_hands_its_options_on_and_tells_of_the_clips(
     assert "a.mp4" in ran.err and "1 clips" in ran.err
     wanted = {"limit": 3, "model": None, "device": "cpu", "allow_non_commercial": False}
     assert asked == {"folder": tmp_path, "split": "train", **wanted}
-    assert "0.700" in cli("evaluate", "follow", tmp_path).out
+    plot = tmp_path / "follow.png"
+    assert "0.700" in cli("evaluate", "follow", tmp_path, "--plot", plot).out
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,10 @@ def test_follow_hands_its_options_on_and_tells_of_the_clips(
         (["articulation", "nowhere.png"], 3, "nowhere.png"),
         (["compare", "nowhere.mp4", "elsewhere.mp4"], 3, "nowhere.mp4"),
         (["lse", "nowhere.mp4"], 2, "--syncnet"),
+        (["quality", "nowhere"], 3, "index.tsv"),
+        (["sheets", "nowhere", "-o", "elsewhere"], 3, "index.tsv"),
+        (["sync", "nowhere.mp4", "--plot", "plot.jpg"], 2, "plot.jpg"),
+        (["sync", "nowhere.mp4", "--plot", "missing/plot.png"], 4, "missing"),
     ],
 )
 def test_errors_have_their_class_and_leave_no_traceback(

@@ -14,7 +14,7 @@ import pytest
 
 from beavervision.errors import InputError
 from beavervision.evaluate.articulation import ArticulationReport, Share
-from beavervision.evaluate.quality import Comparison, compare, quality
+from beavervision.evaluate.quality import Comparison, compare, panels, quality
 from beavervision.media import Picture
 from beavervision.stages.decode import from_rgb
 from tests.conftest import Ran
@@ -89,6 +89,7 @@ def test_the_truth_against_itself_is_perfect(cli: Callable[..., Ran], truth: Pat
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert found["opening_r"] == found["width_r"] == found["ssim"] == found["sharpness"] == found["flicker"] == 1
+    assert found["flicker_inside"] == found["flicker_ring"] == 1
     assert (found["lag_pictures"], found["lmd"], found["psnr_db"], found["pictures"]) == (0, 0, 100, COUNT)
     assert found["quality"]["score"] == 1 and found["quality"]["missing"] == ["articulation", "untouched"]
     human = cli("evaluate", "compare", truth, truth, "--quiet")
@@ -105,6 +106,23 @@ def test_a_late_blurred_mouth_is_measured_as_such(truth: Path, tmp_path: Path) -
     assert found.psnr_db is not None and 15 < found.psnr_db < 40
     assert 0.005 < found.lmd < 0.1
     assert not found.notes
+
+
+@pytest.mark.parametrize(("at_px", "where"), [((223, 150), "inside"), ((223, 136), "ring")])
+def test_flicker_is_told_apart_by_place(truth: Path, tmp_path: Path, at_px: tuple[int, int], where: str) -> None:
+    """A spot of seven pixels changes from picture to picture, on the lips or on the skin above them."""
+    y, x = np.mgrid[0:512, 0:512]
+    spot = (x - at_px[0]) ** 2 + (y - at_px[1]) ** 2 < 9
+    shaken = []
+    for number, picture in enumerate(mouthing(pull) for pull in pulls()):
+        light = picture.y.astype(int).clip(12, 243) + (12 if number % 2 else -12)
+        shaken.append(replace(picture, y=np.where(spot, light, picture.y).astype(np.uint8)))
+    found = compare(make_video(tmp_path / "made.mp4", shaken, RATE), truth)
+    ratios = {"inside": found.flicker_inside or 0, "ring": found.flicker_ring or 0}
+    assert ratios.pop(where) > 1.15
+    assert ratios.popitem()[1] < 1.1
+    titles = [panel.title.partition(",")[0] for panel in panels(found)]
+    assert titles == ["opening", "width", "distance of the lip points"]
 
 
 def test_other_rates_compare_in_time_and_other_places_without_pixels(truth: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from beavervision.errors import InputError
-from beavervision.evaluate.redraw import redraw
+from beavervision.evaluate.redraw import ROWS, panels, redraw
 
 TALKERS = Path(__file__).parents[2] / "shared" / "talkers"
 
@@ -21,6 +21,12 @@ def test_the_renderer_gives_a_closed_mouth_its_real_shape_back() -> None:
     assert made.psnr_db > closed.psnr_db + 4
     assert made.psnr_db > 28 and made.ssim > 0.9
     assert 0.7 < made.sharpness < 1.3 and made.flicker < 1.3
+    encoded = report.median("encoded")
+    assert encoded.psnr_db > made.psnr_db and encoded.ssim > made.ssim
+    assert encoded.flicker_ring == pytest.approx(1, abs=0.1)
+    assert made.flicker_inside < 1.3 and made.flicker_ring < 1.3
+    assert report.as_dict()["most_changed_outside"] == 0
+    assert {row.name for panel in panels(report) for row in panel.rows} == set(ROWS)
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["clips"] == len(report.clips)
 
 

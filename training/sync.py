@@ -33,12 +33,15 @@ _LONGEST_S = 8.0  # longer clips are not drawn more often
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """right: share of windows whose best offset is the true one within a picture; auc: in sync against shifted."""
+    """right: share of windows whose best offset is the true one within a picture; auc: in sync against shifted.
+
+    None where no clip is long enough for a window.
+    """
 
     clips: int
     windows: int
-    right: float
-    auc: float
+    right: float | None
+    auc: float | None
 
 
 class Windows:
@@ -137,7 +140,7 @@ def figures(net: SyncScorer, motions: list[Motion]) -> Figures:
             shifted += [scores[REACH + step] for step in SHIFTED_STEPS]
         clips += len(right) > before
     if not right:
-        return Figures(0, 0, float("nan"), float("nan"))
+        return Figures(0, 0, None, None)
     auc = float((np.array(true)[:, None] > np.array(shifted)[None]).mean())
     return Figures(clips, len(right), round(float(np.mean(right)), 4), round(auc, 4))
 

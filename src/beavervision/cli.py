@@ -41,6 +41,7 @@ from beavervision.settings import Settings
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from beavervision.evaluate.plots import Panel
     from beavervision.models.cards import ModelCard
     from beavervision.pipeline import Report
     from beavervision.speech import SpeechChunk
@@ -82,6 +83,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, or several 
 NonCommercial = Annotated[
     bool, typer.Option("--allow-non-commercial", help="My use is not commercial: run models that forbid such use.")
 ]
+Plot = Annotated[Path | None, typer.Option(help="Draw the measures into this PNG file.")]
 Preset = Annotated[str | None, typer.Option(help="Speed of the H.264 encoder, from ultrafast to veryslow.")]
 
 
@@ -230,6 +232,8 @@ def say(
     as_json: JsonFlag = False,
 ) -> None:
     """Speak a text into a sound file; marks of expressions in it are left out."""
+    if out.suffix.lower() != ".wav":
+        raise UsageError(f"{out}: speech is written as WAV; name it with .wav.")
     _check_apart([], [out, phones])
     for path in (out, phones):
         _check_place(path)
@@ -311,7 +315,7 @@ def models(context: typer.Context, as_json: JsonFlag = False) -> None:
             fact["kind"],
             fact["licence_weights"],
             "imported" if fact["imported"] else "not bundled" if "Not bundled" in fact["summary"] else "ok",
-            (fact["sha256"] or "")[:12],
+            (fact["sha256"] or next(iter(fact["files"].values()), ""))[:12],
             fact["summary"],
         )
         for fact in facts
@@ -535,15 +539,14 @@ def evaluate_follow(
     model: Model = None,
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
+    plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
     """Drive a still of each talker with their own sound, and compare with their own video."""
-    from beavervision.evaluate.follow import follow, format_table
+    from beavervision.evaluate.follow import follow, format_table, panels
 
-    def told(done: int, total: int, file: str) -> None:
-        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
-
+    _check_plot(plot)
     measured = follow(
         folder,
         split,
@@ -551,9 +554,69 @@ def evaluate_follow(
         model=model,
         device=device,
         allow_non_commercial=allow_non_commercial,
-        on_progress=None if quiet else told,
+        on_progress=None if quiet else _told_clip,
     )
+    _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("quality")
+def evaluate_quality(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    limit: Annotated[int | None, typer.Option(help="So many clips only, spread over the index.")] = None,
+    model: Model = None,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    plot: Plot = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Dub each talker's own footage with their own sound: every measure and one score, real video beside it."""
+    from beavervision.evaluate.table import format_table, panels, table
+
+    _check_plot(plot)
+    measured = table(
+        folder,
+        split,
+        limit=limit,
+        model=model,
+        device=device,
+        allow_non_commercial=allow_non_commercial,
+        on_progress=None if quiet else _told_clip,
+    )
+    _plot(panels(measured), plot)
+    _show(as_json, measured.as_dict(), format_table(measured))
+
+
+@evaluate_app.command("sheets")
+def evaluate_sheets(
+    folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write videos and contact sheets to.")],
+    split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
+    people: Annotated[int, typer.Option(help="So many people, spread over the index.")] = 12,
+    text: Annotated[str | None, typer.Option(help="What they say; by default a text of all kinds of lips.")] = None,
+    model: Model = None,
+    device: Device = None,
+    allow_non_commercial: NonCommercial = False,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> None:
+    """Contact sheets to look at: each talker saying a synthetic text, and what another one really said."""
+    from beavervision.evaluate.sheets import SENTENCE, format_table, sheets
+
+    made = sheets(
+        folder,
+        out,
+        split,
+        people=people,
+        text=SENTENCE if text is None else text,
+        model=model,
+        device=device,
+        allow_non_commercial=allow_non_commercial,
+        on_progress=None if quiet else _told_clip,
+    )
+    _show(as_json, made.as_dict(), format_table(made))
 
 
 @evaluate_app.command("redraw")
@@ -561,16 +624,16 @@ def evaluate_redraw(
     folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
     split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
     limit: Annotated[int | None, typer.Option(help="So many clips only, spread over the index.")] = None,
+    plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
     """Close each talker's mouth, give it back its real motion, and compare the pixels: the renderer of beaver alone."""
-    from beavervision.evaluate.redraw import format_table, redraw
+    from beavervision.evaluate.redraw import format_table, panels, redraw
 
-    def told(done: int, total: int, file: str) -> None:
-        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
-
-    measured = redraw(folder, split, limit=limit, on_progress=None if quiet else told)
+    _check_plot(plot)
+    measured = redraw(folder, split, limit=limit, on_progress=None if quiet else _told_clip)
+    _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
@@ -582,27 +645,34 @@ def evaluate_articulation(
     model: Model = None,
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
+    plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
     """Let a face speak eight sentences, and check its lips at each speech sound."""
-    from beavervision.evaluate.articulation import articulation, format_table
+    from beavervision.evaluate.articulation import articulation, format_table, panels
     from beavervision.pipeline import Pipeline
 
+    _check_plot(plot)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     with _progress(quiet) as told:
         measured = articulation(pipeline, source, voice=voice, seed=seed, on_progress=told)
+    _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
 @evaluate_app.command("sync")
 def evaluate_sync(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")], as_json: JsonFlag = False
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")],
+    plot: Plot = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Offset and confidence of sound and lips, by the project's own scorer."""
-    from beavervision.evaluate.sync import SyncJudge, format_table
+    from beavervision.evaluate.sync import SyncJudge, format_table, panels
 
+    _check_plot(plot)
     report = SyncJudge().judge(video)
+    _plot(panels(report), plot)
     _show(as_json, report.as_dict(), format_table(report))
 
 
@@ -610,15 +680,18 @@ def evaluate_sync(
 def evaluate_lse(
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")],
     syncnet: Annotated[Path, typer.Option(help="The published weights, syncnet_v2.model. Needs the extra gpu.")],
+    plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
     """LSE-D, LSE-C and the offset of lips and sound, by SyncNet's published protocol."""
     from beavervision.engine.host import cores
-    from beavervision.evaluate.lse import format_table, lse
+    from beavervision.evaluate.lse import format_table, lse, panels
 
+    _check_plot(plot)
     with _progress(quiet) as told:
         measured = lse(video, syncnet, threads=Settings.load().threads or cores(), on_progress=told)
+    _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
@@ -653,10 +726,7 @@ def evaluate_sharpness(
     """Is the drawn mouth as sharp as the face around it, at faces of 120, 250 and 500 pixels?"""
     from beavervision.evaluate.sharpness import format_table, sharpness
 
-    def told(done: int, total: int, file: str) -> None:
-        print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
-
-    measured = sharpness(folder, split, limit=limit, on_progress=None if quiet else told)
+    measured = sharpness(folder, split, limit=limit, on_progress=None if quiet else _told_clip)
     _show(as_json, measured.as_dict(), format_table(measured))
 
 
@@ -664,15 +734,18 @@ def evaluate_sharpness(
 def evaluate_compare(
     result: Annotated[Path, typer.Argument(metavar="RESULT", help="The video made.")],
     truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The real video of the same words.")],
+    plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
     """Hold the mouth of a video against that of a real one of the same words."""
-    from beavervision.evaluate.quality import compare, format_table, quality
+    from beavervision.evaluate.quality import compare, format_table, panels, quality
 
+    _check_plot(plot)
     with _progress(quiet) as told:
         measured = compare(result, truth, on_progress=told)
     score = quality(measured)
+    _plot(panels(measured), plot)
     _show(as_json, {**measured.as_dict(), "quality": score.as_dict()}, format_table(measured, score))
 
 
@@ -830,6 +903,24 @@ def _told_of(report: Report) -> list[str]:
     if left:
         lines.append("Pictures left as they were: " + ", ".join(f"{count} {state}" for state, count in left.items()))
     return [*lines, *(f"Note: {note}" for note in report.notes)]
+
+
+def _told_clip(done: int, total: int, file: str) -> None:
+    print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
+
+
+def _check_plot(path: Path | None) -> None:
+    """Raises UsageError or OutputError where no plot can be written; found out before any work."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: a plot is a picture; name it with .png.")
+    _check_place(path)
+
+
+def _plot(panels: Sequence[Panel], path: Path | None) -> None:
+    if path is not None:
+        from beavervision.evaluate.plots import write_plot
+
+        write_plot(panels, path)
 
 
 def _card_facts(card: ModelCard) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from beavervision.errors import InputError, UsageError
+from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.tracks import LipTrack, lip_track
 from beavervision.media import F32, Audio
 from beavervision.models.face import FaceNets
@@ -196,6 +197,15 @@ def format_table(report: ArticulationReport) -> RenderableType:
     if report.stillness is not None:
         table.caption = f"motion in pauses: {report.stillness:.1%} of that in speech"
     return table
+
+
+def panels(report: ArticulationReport) -> list[Panel]:
+    """The report to be drawn: what was right, and by chance."""
+    rows = []
+    for name, share in report.shares.items():
+        rows += [Dots(name, [share.share])] if share.share is not None else []
+        rows += [Dots("by chance", [share.chance], control=True)] if share.chance is not None else []
+    return [Panel("share of phones that are right", rows, goal=0.9)] if rows else []
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,7 +34,7 @@ from rich.text import Text
 
 from beavervision.errors import BeaverVisionError, InputError, UsageError
 from beavervision.evaluate.articulation import judged, spoken
-from beavervision.evaluate.follow import TalkerRow, talker_rows
+from beavervision.evaluate.follow import one_each, talker_rows
 from beavervision.evaluate.scores import flicker, pearson
 from beavervision.evaluate.tracks import NO_LIPS, LipTrack, lips_of
 from beavervision.expression.controls import PRESETS, look_of
@@ -164,7 +164,7 @@ def evaluate_expression(
     faces: dict[str, tuple[Picture, Face]] = {}
     left_out: dict[str, str] = {}
     rows = talker_rows(folder, split)
-    for row in _one_each(rows, people):
+    for row in one_each(rows, people):
         if len(faces) >= people:
             break
         try:
@@ -454,13 +454,6 @@ def format_table(report: ExpressionReport) -> RenderableType:
         Text(f"Pixels beyond the face that changed: {report.outside:.4%}."),
         *(Text(f"left out: {file} ({reason})") for file, reason in report.left_out.items()),
     )
-
-
-def _one_each(rows: Sequence[TalkerRow], count: int) -> list[TalkerRow]:
-    """One clip of each person (files are named PERSON_NUMBER), in an order whose first `count` are spread over the index."""
-    people = list({Path(row.file).stem.rpartition("_")[0]: row for row in reversed(rows)}.values())[::-1]
-    step = max(1, len(people) // count)
-    return [row for start in range(step) for row in people[start::step]]
 
 
 def _told(on_progress: Told | None, done: int, total: int, file: str) -> None:

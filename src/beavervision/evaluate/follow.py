@@ -1,7 +1,9 @@
 """Does the mouth follow the speech? A still of each person, driven by their own sound, against their own video.
 
 For each clip of a folder of talkers: a still is taken from it, the real pipeline makes a real file of the still and the
-clip's sound, the mouth is found again in that file, and its opening and width over time are held against the clip's.
+clip's sound, the mouth is found again in that file, and its lips over time are held against the clip's. Two controls go
+through the same: the clip itself as it comes back from the same encoder (what measuring costs), and the made mouth against
+another clip's (what chance gives).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import csv
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,16 +25,20 @@ from rich.table import Table
 from rich.text import Text
 
 from beavervision.errors import InputError, OutputError, UsageError
-from beavervision.evaluate.scores import best_lag, pearson
+from beavervision.evaluate.plots import Dots, Panel
+from beavervision.evaluate.scores import Lag, best_lag, landmark_distance, pearson
+from beavervision.evaluate.tracks import lips_of
 from beavervision.media import F32, FaceState, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Pipeline
 from beavervision.stages.decode import Decode, probe
 from beavervision.stages.detect import Detect
+from beavervision.stages.encode import Encode
 
 LEAST_S = 2.0  # shorter clips are left out: neither their sound offset nor their correlation means much
 _REACH_S = 0.4  # of the lag that is searched
+CONTROLS = {"real video": "real", "another person's words": "chance"}
 _TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
 
 _Row = TypeVar("_Row")
@@ -40,26 +47,48 @@ Told = Callable[[int, int, str], None]  # clips done, clips in all, the file at 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MouthTrace:
-    """A mouth over the pictures of a video, pose-free, in eye distances; NaN where no face was found. All (t,)."""
+    """A mouth over the pictures of a video, pose-free, in eye distances; NaN where no face was found.
+
+    times_s, opening and width are (t,); lips are its 40 points (t, 40, 2), as :func:`beavervision.evaluate.tracks.lips_of`.
+    """
 
     times_s: npt.NDArray[np.float64]
     opening: F32
     width: F32
+    lips: F32
 
-    def at(self, times_s: npt.NDArray[np.float64]) -> tuple[F32, F32]:
-        """Opening and width at other times; NaN outside and beside pictures without a face."""
-        o, w = (
-            np.interp(times_s, self.times_s, v, left=np.nan, right=np.nan).astype(np.float32)
-            for v in (self.opening, self.width)
-        )
-        return o, w
+    def at(self, times_s: npt.NDArray[np.float64]) -> MouthTrace:
+        """The mouth at other times; NaN outside and beside pictures without a face."""
+        columns = np.column_stack([self.opening, self.width, self.lips.reshape(len(self.lips), -1)])
+        moved = np.stack(
+            [np.interp(times_s, self.times_s, column, left=np.nan, right=np.nan) for column in columns.T], axis=1
+        ).astype(np.float32)
+        return MouthTrace(times_s, moved[:, 0], moved[:, 1], moved[:, 2:].reshape(-1, *self.lips.shape[1:]))
+
+    @property
+    def mean(self) -> F32:
+        """The mean mouth, (40, 2)."""
+        return np.asarray(np.nanmean(self.lips, axis=0), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What something else than the made mouth gets by the same measures."""
+
+    opening_r: float
+    width_r: float
+    in_time: bool
+    lmd: float
 
 
 @dataclass(frozen=True, slots=True)
 class ClipFollow:
     """One clip. Lags are of the made mouth against the true one, late is positive; pictures are those of the output.
 
-    motion is how much the made mouth opens and closes against the true one (standard deviations).
+    motion is how much the made mouth opens and closes against the true one (standard deviations). lmd is the mean distance of the
+    lips' points to the true ones in eye distances, pose-free; clip_mean_lmd is what the clip's own mean mouth would get, held
+    still, and people_mean_lmd what the mean mouth of the other people would, None without others. real is the clip itself,
+    encoded again; chance the made mouth against another person's clip, None without one.
     """
 
     file: str
@@ -70,6 +99,11 @@ class ClipFollow:
     lag_pictures: int
     lag_ms: float
     lag_r: float
+    lmd: float
+    clip_mean_lmd: float
+    people_mean_lmd: float | None = None
+    real: Control | None = None
+    chance: Control | None = None
 
     @property
     def in_time(self) -> bool:
@@ -101,6 +135,30 @@ class FollowReport:
         return _median([clip.motion for clip in self.clips])
 
     @property
+    def lmd(self) -> float:
+        """The median distance of the lips' points."""
+        return _median([clip.lmd for clip in self.clips])
+
+    @property
+    def lmd_of_clip_mean(self) -> float:
+        """The median of lmd against that of the clip's own mean mouth."""
+        return _median([clip.lmd / clip.clip_mean_lmd for clip in self.clips])
+
+    @property
+    def lmd_of_people_mean(self) -> float | None:
+        """The median of lmd against that of the mean mouth of the other people."""
+        shares = [clip.lmd / clip.people_mean_lmd for clip in self.clips if clip.people_mean_lmd is not None]
+        return _median(shares) if shares else None
+
+    def control(self, kind: str) -> dict[str, float] | None:
+        """The medians of ``real`` or ``chance``."""
+        found: list[Control] = [c for clip in self.clips if (c := getattr(clip, kind)) is not None]
+        if not found:
+            return None
+        medians = {n: round(_median([getattr(c, n) for c in found]), 4) for n in ("opening_r", "width_r", "lmd")}
+        return medians | {"share_in_time": round(sum(c.in_time for c in found) / len(found), 4)}
+
+    @property
     def in_time(self) -> float:
         """The share of clips whose best lag is within one picture."""
         return sum(clip.in_time for clip in self.clips) / len(self.clips)
@@ -115,6 +173,11 @@ class FollowReport:
             "median_width_r": round(self.width_r, 4),
             "median_motion": round(self.motion, 4),
             "share_in_time": round(self.in_time, 4),
+            "median_lmd": round(self.lmd, 4),
+            "median_lmd_of_clip_mean": round(self.lmd_of_clip_mean, 4),
+            "median_lmd_of_people_mean": None if (share := self.lmd_of_people_mean) is None else round(share, 4),
+            "real": self.control("real"),
+            "chance": self.control("chance"),
             "per_clip": [asdict(clip) | {"in_time": clip.in_time} for clip in self.clips],
             "left_out": self.left_out,
         }
@@ -133,8 +196,8 @@ def follow(
     """Measure how the mouth follows over the clips of `split` that last two seconds or more.
 
     Args:
-        folder: videos and an ``index.tsv`` with the columns file, split, seconds and sync_lag_s (how many seconds the
-            clip's sound is late; empty for 0).
+        folder: videos and an ``index.tsv`` with the columns file, split, seconds, sync_lag_s (how many seconds the
+            clip's sound is late; empty for 0) and, where several clips are of one, person.
         limit: measure so many clips only, spread evenly over the index.
         model, device: as in the settings if None.
 
@@ -146,7 +209,7 @@ def follow(
     rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     nets = FaceNets()
-    clips: list[ClipFollow] = []
+    seen: list[_Seen] = []
     left_out: dict[str, str] = {}
     facts: dict[str, Any] = {}
     for number, row in enumerate(rows):
@@ -154,13 +217,13 @@ def follow(
             on_progress(number, len(rows), row.file)
         try:
             with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
-                clip, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch))
-            clips.append(clip)
+                one, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch))
+            seen.append(one)
         except InputError as error:
             left_out[row.file] = str(error)
-    if not clips:
+    if not seen:
         raise InputError(f"{folder}: no clip of {split!r} could be measured ({next(iter(left_out.values()))}).")
-    return FollowReport(split, facts, tuple(clips), left_out)
+    return FollowReport(split, facts, tuple(_measured(one, seen) for one in seen), left_out)
 
 
 def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture | None]:
@@ -172,6 +235,8 @@ def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture |
     info = probe(path)
     opening: list[float] = []
     width: list[float] = []
+    lips: list[F32] = []
+    blank = np.full((len(mesh.OUTER_LIP) + len(mesh.INNER_LIP), 2), np.nan, np.float32)
     best: tuple[float, Picture | None] = (math.inf, None)
     for clip in Detect(nets)(Decode(extend="none")(info)):
         assert clip.track is not None
@@ -179,40 +244,78 @@ def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture |
             if face is None:
                 opening.append(math.nan)
                 width.append(math.nan)
+                lips.append(blank)
                 continue
             pose = mesh.fit_pose(face.points_px)
             points = pose.to_face(face.points_px)
             opening.append(float((points[mesh.INNER_LOWER[2:7], 1] - points[mesh.INNER_UPPER[2:7], 1]).mean()))
             width.append(float(points[mesh.OUTER_CORNERS[1], 0] - points[mesh.OUTER_CORNERS[0], 0]))
+            lips.append(lips_of(face, pose))
             cost = opening[-1] + _TURNED * (abs(pose.yaw_deg) + abs(pose.pitch_deg))
             if state is FaceState.OK and cost < best[0]:
                 best = (cost, picture)
     times_s = np.arange(len(opening)) / float(info.rate)
-    return MouthTrace(times_s, np.array(opening, np.float32), np.array(width, np.float32)), best[1]
+    rows = np.array(lips, np.float32).reshape(-1, *blank.shape)
+    return MouthTrace(times_s, np.array(opening, np.float32), np.array(width, np.float32), rows), best[1]
 
 
 def format_table(report: FollowReport) -> RenderableType:
     """The report for a terminal."""
     table = Table(title=f"{len(report.clips)} clips of {report.split}, driven by their own sound over a still")
     table.add_column("clip")
-    for heading in ("s", "opening r", "width r", "motion", "lag ms", "r there"):
+    for heading in ("s", "opening r", "width r", "motion", "lag ms", "r there", "LMD", "of clip's mean", "of people's"):
         table.add_column(heading, justify="right")
     for c in report.clips:
         figures = (f"{c.opening_r:.2f}", f"{c.width_r:.2f}", f"{c.motion:.2f}", f"{c.lag_ms:+.0f}", f"{c.lag_r:.2f}")
-        table.add_row(c.file, f"{c.seconds:.1f}", *figures, style="" if c.in_time else "yellow")
+        people = None if c.people_mean_lmd is None else c.lmd / c.people_mean_lmd
+        away = (f"{c.lmd:.3f}", f"{c.lmd / c.clip_mean_lmd:.2f}", _shown(people))
+        table.add_row(c.file, f"{c.seconds:.1f}", *figures, *away, style="" if c.in_time else "yellow")
     table.add_section()
     medians = (f"{report.opening_r:.3f}", f"{report.width_r:.3f}", f"{report.motion:.2f}")
-    table.add_row("median", "", *medians, f"{report.in_time:.0%} within a picture", "", style="bold")
+    away = (f"{report.lmd:.3f}", f"{report.lmd_of_clip_mean:.2f}", _shown(report.lmd_of_people_mean))
+    table.add_row("median", "", *medians, f"{report.in_time:.0%} within a picture", "", *away, style="bold")
+    for name, kind in CONTROLS.items():
+        if (control := report.control(kind)) is not None:
+            correlations = (f"{control['opening_r']:.3f}", f"{control['width_r']:.3f}")
+            in_time = f"{control['share_in_time']:.0%} within a picture"
+            table.add_row(name, "", *correlations, "", in_time, "", f"{control['lmd']:.3f}", "", "")
     return Group(table, *(Text(f"left out: {file} ({reason})") for file, reason in report.left_out.items()))
+
+
+def panels(report: FollowReport) -> list[Panel]:
+    """The report to be drawn: a dot for each clip."""
+    clips = report.clips
+
+    def dots(name: str, goal: float | None = None) -> Panel:
+        key = f"{name}_r"
+        controls = {
+            label: [getattr(c, key) for clip in clips if (c := getattr(clip, kind)) is not None]
+            for label, kind in CONTROLS.items()
+        }
+        rows = [Dots("made", [getattr(clip, key) for clip in clips])]
+        rows += [Dots(label, values, control=True) for label, values in controls.items() if values]
+        return Panel(f"correlation of the mouth's {name}", rows, goal=goal)
+
+    people = [clip.lmd / clip.people_mean_lmd for clip in clips if clip.people_mean_lmd is not None]
+    lmd = [Dots("of the clip's own mean mouth", [clip.lmd / clip.clip_mean_lmd for clip in clips])]
+    lmd += [Dots("of other people's mean mouth", people)] if people else []
+    return [
+        dots("opening", 0.65),
+        dots("width", 0.5),
+        Panel("lips late by, ms", [Dots("made", [clip.lag_ms for clip in clips])], goal=0),
+        Panel("distance of the lip points, share", lmd, goal=0.6),
+        Panel("motion, made to true", [Dots("made", [clip.motion for clip in clips])], goal=1),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class TalkerRow:
-    """A clip of an index; its sound is `late_s` late."""
+    """A clip of an index; its sound is `late_s` late. person is the file's name where the index has none."""
 
     file: str
     seconds: float
     late_s: float
+    person: str
 
 
 def read_index(folder: Path, split: str, row: Callable[[dict[str, str]], _Row], column: str) -> list[_Row]:
@@ -243,7 +346,8 @@ def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[Talk
     """
 
     def row(line: dict[str, str]) -> TalkerRow:
-        return TalkerRow(line["file"], float(line["seconds"]), float(line["sync_lag_s"] or 0))
+        late_s = float(line["sync_lag_s"] or 0)
+        return TalkerRow(line["file"], float(line["seconds"]), late_s, line.get("person") or line["file"])
 
     rows = [r for r in read_index(folder, split, row, "sync_lag_s") if r.seconds >= LEAST_S]
     if not rows:
@@ -255,37 +359,112 @@ def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[Talk
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).astype(int))]
 
 
+def one_each(rows: list[TalkerRow], count: int) -> list[TalkerRow]:
+    """One clip of each person, in an order whose first `count` are spread over the index."""
+    people = list({row.person: row for row in reversed(rows)}.values())[::-1]
+    step = max(1, len(people) // count)
+    return [row for start in range(step) for row in people[start::step]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """The mouths of one clip on the clock of the made video: made from its sound, true, and true but encoded again."""
+
+    row: TalkerRow
+    made: MouthTrace
+    truth: MouthTrace
+    real: MouthTrace
+    lag: Lag
+    step_s: float
+
+
 def _follow_one(
     pipeline: Pipeline, nets: FaceNets, source: Path, row: TalkerRow, scratch: Path
-) -> tuple[ClipFollow, dict[str, Any]]:
+) -> tuple[_Seen, dict[str, Any]]:
     truth, picture = mouth_trace(source, nets)
     if picture is None:
         raise InputError("no picture of it shows a face from the front")
-    still, out = scratch / "still.png", scratch / "out.mp4"
+    still, out, again = scratch / "still.png", scratch / "out.mp4", scratch / "again.mp4"
     if not cv2.imwrite(str(still), cv2.cvtColor(picture.rgb(), cv2.COLOR_RGB2BGR)):
         raise OutputError(f"{still} cannot be written. Make room in the folder for temporary files.")
     report = pipeline.lipsync(still, out, audio=source, alive=False)
     made, _ = mouth_trace(out, nets)
-    opening, width = truth.at(made.times_s - row.late_s)
+    encode_again(source, again, pipeline)
+    times_s = made.times_s - row.late_s
+    true, real = truth.at(times_s), mouth_trace(again, nets)[0].at(times_s)
     step_s = float(made.times_s[1] - made.times_s[0])
-    lag = best_lag(made.opening, opening, round(_REACH_S / step_s))
-    if lag is None:
+    lag = best_lag(made.opening, true.opening, round(_REACH_S / step_s))
+    if lag is None or not math.isfinite(pearson(made.width, true.width)):
         raise InputError("its mouth was seen too seldom, or does not move")
-    known = np.isfinite(made.opening) & np.isfinite(opening)
-    width_r = pearson(made.width, width)
-    if not math.isfinite(width_r):
-        raise InputError("its mouth was seen too seldom, or does not move")
-    clip = ClipFollow(
+    return _Seen(row, made, true, real, lag, step_s), report.model
+
+
+def encode_again(source: Path, out: Path, pipeline: Pipeline) -> None:
+    """The pictures of a video through the encoder that `pipeline` writes with, nothing drawn: what is a control's."""
+    encode = Encode(pipeline.settings.preset, pipeline.settings.crf).to(out)
+    with closing(encode(Decode(extend="none")(source))) as clips:  # type: ignore[type-var]
+        for _ in clips:
+            pass
+
+
+def _measured(one: _Seen, all_seen: list[_Seen]) -> ClipFollow:
+    made, truth, row = one.made, one.truth, one.row
+    others = [other for other in all_seen if other.row.person != row.person]
+    known = np.isfinite(made.opening) & np.isfinite(truth.opening)
+    return ClipFollow(
         file=row.file,
         seconds=row.seconds,
-        opening_r=round(pearson(made.opening, opening), 4),
-        width_r=round(width_r, 4),
-        motion=round(float(made.opening[known].std() / opening[known].std()), 4),
-        lag_pictures=lag.pictures,
-        lag_ms=round(lag.fine * step_s * 1e3, 1),
-        lag_r=round(lag.r, 4),
+        opening_r=round(pearson(made.opening, truth.opening), 4),
+        width_r=round(pearson(made.width, truth.width), 4),
+        motion=round(float(made.opening[known].std() / truth.opening[known].std()), 4),
+        lag_pictures=one.lag.pictures,
+        lag_ms=round(one.lag.fine * one.step_s * 1e3, 1),
+        lag_r=round(one.lag.r, 4),
+        lmd=_lmd(made.lips, truth.lips),
+        clip_mean_lmd=_lmd(np.broadcast_to(truth.mean, truth.lips.shape), truth.lips),
+        people_mean_lmd=_lmd(np.broadcast_to(_mean_mouth(others), truth.lips.shape), truth.lips) if others else None,
+        real=_control(one.real, truth, one.step_s),
+        chance=_chance(one, others),
     )
-    return clip, report.model
+
+
+def _mean_mouth(clips: list[_Seen]) -> F32:
+    """The mean of the people's mean mouths, (40, 2): each counts alike, however many clips are of one."""
+    by_person: dict[str, list[F32]] = {}
+    for clip in clips:
+        by_person.setdefault(clip.row.person, []).append(clip.truth.mean)
+    return np.asarray(np.mean([np.mean(means, axis=0) for means in by_person.values()], axis=0), np.float32)
+
+
+def _chance(one: _Seen, others: list[_Seen]) -> Control | None:
+    """The made mouth against the true one of the next clip that is long enough and of somebody else."""
+    later = sorted(others, key=lambda other: (other.row.file < one.row.file, other.row.file))
+    fitting = (o for o in later if o.row.seconds >= one.row.seconds) if others else iter(())
+    other = next(fitting, None)
+    if other is None:
+        return None
+    truth = MouthTrace(other.made.times_s, other.truth.opening, other.truth.width, other.truth.lips)
+    return _control(one.made, truth.at(one.made.times_s), one.step_s)
+
+
+def _control(mouth: MouthTrace, truth: MouthTrace, step_s: float) -> Control | None:
+    """None where the two are not seen together, or do not move."""
+    lag = best_lag(mouth.opening, truth.opening, round(_REACH_S / step_s))
+    width_r = pearson(mouth.width, truth.width)
+    opening_r = pearson(mouth.opening, truth.opening)
+    if lag is None or not (math.isfinite(width_r) and math.isfinite(opening_r)):
+        return None
+    lmd = _lmd(mouth.lips, truth.lips)
+    return Control(round(opening_r, 4), round(width_r, 4), abs(lag.pictures) <= 1, lmd)
+
+
+def _lmd(made: F32, truth: F32) -> float:
+    known = np.isfinite(made[:, 0, 0]) & np.isfinite(truth[:, 0, 0])
+    return round(landmark_distance(made[known], truth[known], np.ones(int(known.sum()), np.float32)), 5)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _median(values: list[float]) -> float:

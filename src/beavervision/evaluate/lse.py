@@ -36,6 +36,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from beavervision.errors import InputError, ModelError
+from beavervision.evaluate.plots import Line, Panel
 from beavervision.media import F32, U8, FaceState
 from beavervision.models.face import FaceNets
 from beavervision.models.store import load_checkpoint
@@ -75,6 +76,7 @@ class LseReport:
     offset: int
     start_s: float
     pictures: int
+    distances: tuple[float, ...]  # by offset, from the lips late by `VSHIFT` to as early
 
     @property
     def offset_ms(self) -> float:
@@ -92,6 +94,7 @@ class Sync:
     distance: float
     confidence: float
     offset: int
+    distances: tuple[float, ...]
 
 
 def lse(video: Path | str, checkpoint: Path | str, *, threads: int = 1, on_progress: Told | None = None) -> LseReport:
@@ -127,7 +130,7 @@ def lse(video: Path | str, checkpoint: Path | str, *, threads: int = 1, on_progr
             on_progress(at, windows)
     found = sync_of(np.concatenate(faces), np.concatenate(sounds))
     start_s = round(float(first / RATE), 3)
-    return LseReport(found.distance, found.confidence, found.offset, start_s, len(boxes))
+    return LseReport(found.distance, found.confidence, found.offset, start_s, len(boxes), found.distances)
 
 
 def sync_of(faces: F32, sounds: F32, vshift: int = VSHIFT) -> Sync:
@@ -142,7 +145,8 @@ def sync_of(faces: F32, sounds: F32, vshift: int = VSHIFT) -> Sync:
         ]
     )
     best = int(means.argmin())
-    return Sync(float(means[best]), float(np.median(means) - means[best]), vshift - best)
+    distances = tuple(round(float(mean), 4) for mean in means)
+    return Sync(float(means[best]), float(np.median(means) - means[best]), vshift - best, distances)
 
 
 def load(path: Path, threads: int = 1) -> TorchNet:
@@ -183,6 +187,12 @@ def format_table(report: LseReport) -> RenderableType:
     offset = f"{report.offset:+d} pictures, {report.offset_ms:+.0f} ms"
     table.add_row(f"{report.lse_d:.3f}", f"{report.lse_c:.3f}", offset)
     return table
+
+
+def panels(report: LseReport) -> list[Panel]:
+    """The report to be drawn."""
+    late_ms = [float((VSHIFT - i) * 1000 / RATE) for i in range(len(report.distances))]
+    return [Panel("distance for each offset, lips late by ms", [Line("mean", late_ms, report.distances)], x_name="ms")]
 
 
 def _boxes(video: Path | str) -> tuple[F32, int]:

@@ -21,12 +21,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -34,9 +36,10 @@ from rich.text import Text
 from beavervision.errors import InputError
 from beavervision.evaluate import scores
 from beavervision.evaluate.articulation import ArticulationReport
+from beavervision.evaluate.plots import Line, Panel
 from beavervision.evaluate.scores import Lag, Signal
 from beavervision.evaluate.tracks import LipTrack, lips_of, watched
-from beavervision.media import F32, Picture
+from beavervision.media import F32, Face, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Progress
@@ -48,6 +51,7 @@ _EQUAL_DB = 100.0  # PSNR of equal pictures
 _REACH_S = 0.4  # of the lag that is searched
 _CROP_EYES = 1.3  # side of the mouth crop, in eye distances
 _CROP_PX = (32, 512)  # its least and greatest side
+_RING_EYES = 0.2  # how far the ring reaches beyond the lips, in eye distances
 _APART = 0.15  # eye distances between the two heads, beyond which pixels do not pair
 _LEAST = 10  # pictures that both must show
 
@@ -72,7 +76,8 @@ class Comparison:
 
     Correlations are of the lips' opening and width over time; lag is how late the made lips are; lmd is the mean distance
     of the lip points in eye distances, pose-free; psnr_db and ssim are of the mouth crop; sharpness and flicker are ratios,
-    made to truth. pictures counts those in which both show the face.
+    made to truth: flicker of the whole crop, flicker_inside of what the true lips enclose, lips included, flicker_ring of the
+    skin around them. pictures counts those in which both show the face.
     """
 
     opening_r: float | None
@@ -86,12 +91,15 @@ class Comparison:
     flicker: float | None
     pictures: int
     notes: tuple[str, ...] = ()
+    flicker_inside: float | None = None
+    flicker_ring: float | None = None
+    lips: tuple[LipTrack, LipTrack] | None = None  # made and true, on the clock of the made ones
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()} | {
-            "notes": list(self.notes)
-        }
+        """Ready for JSON; without the lips."""
+        figures = asdict(replace(self, lips=None))
+        del figures["lips"]
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()} | {"notes": list(self.notes)}
 
 
 def quality(
@@ -158,7 +166,7 @@ def compare(made: Path | str, truth: Path | str, *, on_progress: Progress | None
                 if seen is not None:
                     row.append(blank if seen[1] is None or pose is None else lips_of(seen[1], pose))
             if pixels is not None and both[0] is not None and both[1] is not None:
-                pixels.take(both[0][0], both[1][0], poses[0], poses[1])
+                pixels.take(both[0][0], both[1][0], poses[0], poses[1], both[1][1])
             if on_progress is not None:
                 on_progress(count, infos[0].frames)
     made_lips, true_lips = (LipTrack(np.stack(row), info.rate) for row, info in zip(rows, infos, strict=True))
@@ -183,6 +191,8 @@ def format_table(comparison: Comparison, score: QualityScore) -> RenderableType:
         ("SSIM of the mouth", c.ssim, "{:.3f}"),
         ("sharpness, made to truth", c.sharpness, "{:.2f}"),
         ("flicker, made to truth", c.flicker, "{:.2f}"),
+        ("  of the lips and what is between them", c.flicker_inside, "{:.2f}"),
+        ("  of the ring around them", c.flicker_ring, "{:.2f}"),
     ):
         table.add_row(name, "-" if value is None else form.format(value))
     table.add_section()
@@ -190,24 +200,45 @@ def format_table(comparison: Comparison, score: QualityScore) -> RenderableType:
     return Group(table, *(Text(f"Note: {note}") for note in comparison.notes))
 
 
+def panels(comparison: Comparison) -> list[Panel]:
+    """The lips of both over time, to be drawn."""
+    if comparison.lips is None:
+        return []
+    made, true = comparison.lips
+    times_s = (np.arange(len(made)) / float(made.rate)).tolist()
+
+    def over_time(title: str, one: F32, two: F32) -> Panel:
+        lines = [Line("made", times_s, one.tolist()), Line("true", times_s, two.tolist(), control=True)]
+        return Panel(f"{title}, eye distances", lines, x_name="seconds")
+
+    away = np.linalg.norm(made.points - true.points, axis=-1).mean(axis=-1)
+    return [
+        over_time("opening", made.gap, true.gap),
+        over_time("width", made.width, true.width),
+        Panel("distance of the lip points, eye distances", [Line("", times_s, away.tolist())], x_name="seconds"),
+    ]
+
+
 class MouthPixels:
     """The mouth crops of two videos, picture by picture; the crop is that of the true mouth, in both."""
 
     def __init__(self) -> None:
-        self._last: deque[tuple[Picture, Picture]] = deque(maxlen=3)
+        self._last: deque[tuple[Picture, Picture, F32]] = deque(maxlen=3)  # made, true, the true lips (40, 2)
         self._size_px = 0
         self._apart: list[float] = []
         self.psnr: list[float] = []
         self.ssim: list[float] = []
         self.sharpness: list[float] = []
-        self.flicker: list[tuple[float, float]] = []
+        self._flicker: dict[str, list[tuple[float, float]]] = {"all": [], "inside": [], "ring": []}
 
-    @property
-    def flicker_ratio(self) -> float | None:
-        """Made to truth; None where there were no three pictures in a row, or the truth is still."""
-        if not self.flicker:
+    def flicker_ratio(self, where: str = "all") -> float | None:
+        """Made to truth, of ``all`` of the crop, ``inside`` of the lips or the ``ring`` around them.
+
+        None where there were no three pictures in a row, or the truth is still.
+        """
+        if not self._flicker[where]:
             return None
-        made, true = np.sqrt((np.array(self.flicker) ** 2).mean(axis=0))
+        made, true = np.sqrt((np.array(self._flicker[where]) ** 2).mean(axis=0))
         return float(made / true) if true > 0 else None
 
     @property
@@ -215,24 +246,45 @@ class MouthPixels:
         """The median distance of the heads in eye distances; 0 if unknown."""
         return float(np.median(self._apart)) if self._apart else 0.0
 
-    def take(self, made: Picture, truth: Picture, made_pose: mesh.Pose | None, pose: mesh.Pose | None) -> None:
-        if made_pose is None or pose is None:
+    def take(
+        self,
+        made: Picture,
+        truth: Picture,
+        made_pose: mesh.Pose | None,
+        pose: mesh.Pose | None,
+        face: Face | None,
+    ) -> None:
+        """One picture of each; `pose` and `face` are those of the true one."""
+        if made_pose is None or pose is None or face is None:
             self._last.clear()
             return
         self._apart.append(float(np.linalg.norm((made_pose.shift_px - pose.shift_px)[:2])) / pose.scale_px)
         if not self._size_px:
             self._size_px = int(np.clip(round(_CROP_EYES * pose.scale_px), *_CROP_PX))
         matrix = _crop_matrix(pose, self._size_px)
-        self._last.append((made, truth))
+        lips = face.points_px[np.concatenate([mesh.OUTER_LIP, mesh.INNER_LIP]), :2]
+        self._last.append((made, truth, lips @ matrix[:, :2].T + matrix[:, 2]))
         ones, twos = (
-            np.stack([picture.warped_rgb(matrix, self._size_px) for picture in pictures])
-            for pictures in zip(*self._last, strict=True)
+            np.stack([last[i].warped_rgb(matrix, self._size_px) for last in self._last])  # type: ignore[union-attr]
+            for i in range(2)
         )
         self.psnr.append(min(scores.psnr(ones[-1], twos[-1]), _EQUAL_DB))
         self.ssim.append(scores.ssim(ones[-1], twos[-1]))
         self.sharpness.append(scores.sharpness_ratio(ones[-1], twos[-1]))
         if len(self._last) == 3:
-            self.flicker.append((scores.flicker(ones), scores.flicker(twos)))
+            # Of the lips before, which all three pictures were warped around by the last one's pose.
+            inside, ring = _lip_masks(self._last[1][2], self._size_px)
+            for where, mask in (("all", None), ("inside", inside), ("ring", ring)):
+                self._flicker[where].append((scores.flicker(ones, mask), scores.flicker(twos, mask)))
+
+
+def _lip_masks(lips: F32, size_px: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """What the lips enclose, themselves included, and the ring around them, in a mouth crop."""
+    inside = np.zeros((size_px, size_px), np.uint8)
+    cv2.fillConvexPoly(inside, cv2.convexHull(np.rint(lips).astype(np.int32)), 1)
+    reach = max(1, round(_RING_EYES / _CROP_EYES * size_px))
+    wide = cv2.dilate(inside, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1,) * 2))
+    return inside > 0, wide > inside
 
 
 def _compared(made: LipTrack, truth: LipTrack, pixels: MouthPixels | None, notes: list[str]) -> Comparison:
@@ -255,9 +307,12 @@ def _compared(made: LipTrack, truth: LipTrack, pixels: MouthPixels | None, notes
         psnr_db=_median(pixels.psnr) if pixels else None,
         ssim=_median(pixels.ssim) if pixels else None,
         sharpness=_median(pixels.sharpness) if pixels else None,
-        flicker=pixels.flicker_ratio if pixels else None,
+        flicker=pixels.flicker_ratio() if pixels else None,
         pictures=int(both.sum()),
         notes=tuple(notes),
+        flicker_inside=pixels.flicker_ratio("inside") if pixels else None,
+        flicker_ring=pixels.flicker_ratio("ring") if pixels else None,
+        lips=(made, true),
     )
 
 

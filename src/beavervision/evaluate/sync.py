@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from beavervision.errors import InputError
+from beavervision.evaluate.plots import Dots, Line, Panel
 from beavervision.media import F32
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.cards import SYNC_SCORER, load_data
@@ -39,7 +40,7 @@ class SyncWindow:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """offset_ms and confidence are those of the scores' mean over all windows.
+    """offset_ms and confidence are those of `scores`: for each offset of `offsets_ms`, the mean over all windows.
 
     confidence is the best score less the median one over all offsets; agreement is the score at offset 0 less the same.
     """
@@ -48,10 +49,16 @@ class SyncReport:
     confidence: float
     agreement: float
     windows: tuple[SyncWindow, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def offsets_ms(self) -> list[float]:
+        """Of `scores`: how late the lips would be."""
+        return [round((REACH - i) * STEP_S * 1e3, 1) for i in range(len(self.scores))]
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self)
+        return asdict(self) | {"offsets_ms": self.offsets_ms}
 
 
 class SyncJudge:
@@ -96,6 +103,7 @@ class SyncJudge:
             confidence,
             round(float(mean[REACH] - np.median(mean)), 4),
             tuple(SyncWindow(round(s, 3), *_peak(score)) for s, score in zip(starts, scores, strict=True)),
+            tuple(round(float(score), 4) for score in mean),
         )
 
     def _motion(self, points: F32) -> F32:
@@ -142,3 +150,14 @@ def format_table(report: SyncReport) -> RenderableType:
     table.add_section()
     table.add_row("all", f"{report.offset_ms:+.0f}", f"{report.confidence:.2f}", style="bold")
     return Group(table, f"agreement as it is: {report.agreement:.2f}")
+
+
+def panels(report: SyncReport) -> list[Panel]:
+    """The report to be drawn."""
+    score = Line("mean of all windows", report.offsets_ms, report.scores)
+    windows = report.windows
+    return [
+        Panel("score for each offset, lips late by ms", [score], x_name="ms"),
+        Panel("best offset of each window, lips late by ms", [Dots("windows", [w.offset_ms for w in windows])], goal=0),
+        Panel("its confidence", [Dots("windows", [w.confidence for w in windows])]),
+    ]
