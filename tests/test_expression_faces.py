@@ -17,13 +17,16 @@ from beavervision import Pipeline
 from beavervision.evaluate.tracks import watched
 from beavervision.expression import Custom, ExpressionStore, Marked, Style
 from beavervision.expression.alive import Manner
-from beavervision.media import F32, Clip, Face, Frames
+from beavervision.expression.controls import look_of
+from beavervision.media import BLENDSHAPES, F32, Clip, Face, Frames
+from beavervision.models.expression import load_basis
 from beavervision.models.face import Crop, FaceNets, blendshape_names
 from beavervision.models.mesh import fit_pose
 from beavervision.pipeline import learn_style
 from beavervision.settings import Settings
 from beavervision.speech import speak, write_wav
-from tests.faces import make_video, moved, portrait_rgb
+from beavervision.stages.express import STILL, expressed
+from tests.faces import make_video, moved, portrait, portrait_rgb
 
 INDEX = {name: i for i, name in enumerate(blendshape_names())}
 GLAD = "We won the first prize, how wonderful!"
@@ -192,6 +195,24 @@ def test_the_command_line_takes_it_all(cli: Callable[..., Any], still: Path, fol
     assert float(np.median(shown(out).of("browOuterUpLeft") - shown(plain).of("browOuterUpLeft"))) > 0.08
     wrong = cli("lipsync", still, "--text", "[hapy] Hi.", "-o", out, "--json")
     assert wrong.code == 3 and "happy" in wrong.out
+
+
+def test_the_smile_of_a_speaker_goes_to_another_face(run: Run, folder: Path) -> None:
+    picture = portrait()
+    (detection,) = nets().detect(picture)
+    face = nets().face(picture, detection.crop, settle=2)
+    assert face is not None
+    smiles, worn = [], []
+    for number, look in enumerate(({"mouthSmile": -1.0, "mouthFrown": 0.8}, {})):  # the portrait smiles of itself
+        controls = look_of(look)[:BLENDSHAPES]
+        made = expressed(picture, face.points_px, controls, STILL, load_basis())
+        clip = make_video(folder / f"smile{number}.mp4", [made] * 45, Fraction(10))
+        style = learn_style(clip)
+        smiles.append(style.rest.get("mouthSmile", 0.0))
+        style.write(folder / f"smile{number}.json")
+        worn.append(run(text="Papa.", alive=False, style=folder / f"smile{number}.json").smile)
+    assert smiles[1] > smiles[0] + 0.1, "it is learned"
+    assert float(np.median(worn[1])) > float(np.median(worn[0])) + 0.05, "and shown"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 Warping blurs, and what is painted is smooth. How much detail lips and open mouths have against the skin around them differs from
 person to person and from lens to lens, so it is measured on the pictures as they come, before drawing: energy of the luma's
 Laplacian in the lips, and in the opening, over that of a ring around the mouth. The drawn mouth is measured in the same way, and
-a slow control sharpens (or softens) the two parts and adds grain, taken from the chin of the same picture, until they agree.
+a control sharpens (or softens) the two parts and adds grain, taken from the chin of the same picture, until they agree.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ _FEATHER_EYES, _LINE_EYES = 0.03, 0.03
 _OPEN = 0.06  # inner lip gap in mouth widths, from which there is an opening to look at
 _LEAST_PX = 16
 _EVERY = 4  # one in so many pictures is measured
-_PACE = 0.5  # of the controls, for each that is
-_OWN_PACE = 0.05  # of the running mean of the person's own detail
+_PACE = 0.8  # of the controls, for each that is
+_OWN_PACE = 0.6  # of the running mean of the person's own detail, which goes with what the mouth does
+_GLIDE = 0.85  # of the way to where the controls shall be, for each picture: they must not be seen to step
 _SOFTEN, _SHARPEN, _SHARPEN_LIPS = -0.9, 2.5, 1.6  # least and most of the controls
 _HELP = 0.8
 _GRAIN = 1.5  # most, against that of the skin
 _TRIES = 6  # on the first picture, and on the first where own and drawn mouth are known open
 _FINE_PX, _FINE_EYES = 0.9, 0.006  # reach of the detail that is sharpened
 _GRAIN_EYES = 0.32  # side of the chin's patch
+_STEPS = (73, 151)  # by which the grain moves from picture to picture, prime
 _CHIN = (18, 200)  # the mesh points between which it lies
 
 
@@ -57,6 +59,7 @@ class MouthDetail:
     def __init__(self) -> None:
         self._own = _Detail()  # the person's, a running mean
         self._lips = self._opening = 0.0  # the controls
+        self._lips_to = self._opening_to = 0.0  # and where they glide to
         self._count = 0
         self._opened = False  # whether a drawn mouth was open since the person's own was
         self._grain_of: tuple[Picture, int] | None = None
@@ -72,10 +75,13 @@ class MouthDetail:
         opens = not self._opened and self._own.opening is not None and mesh.opening(drawn_px) > _OPEN
         self._opened |= opens
         look |= opens
+        self._lips += _GLIDE * (self._lips_to - self._lips)
+        self._opening += _GLIDE * (self._opening_to - self._opening)
         made = self._with_detail(picture, patch, drawn_px)
         for _ in range(_TRIES if first or opens else 1 if look else 0):
             self._control(_detail(picture, made, drawn_px), 1.0 if first else _PACE, 1.0 if opens else _PACE)
             if first or opens:
+                self._lips, self._opening = self._lips_to, self._opening_to
                 made = self._with_detail(picture, patch, drawn_px)
         return made
 
@@ -84,10 +90,12 @@ class MouthDetail:
         unknown = self._own.opening is None
         opening = max(_missing(0.0, made.opening), 0.0) if unknown else _missing(self._own.opening, made.opening)
         lips, mouth = _missing(self._own.lips, made.lips), _missing(self._own.mouth, made.mouth)
-        # Sharp lips are softened only if the mouth is too sharp, and lips help out where the mouth is still too soft.
+        # The mouth as a whole decides. Sharp lips are softened only if it is too sharp, and help out where it is still too soft; an
+        # opening that is seen is sharpened only if it is not.
         lips = min(lips, mouth) if mouth < 0 else max(lips, _HELP * mouth)
-        self._opening = _stepped(self._opening, opening_pace * opening, _SHARPEN)
-        self._lips = _stepped(self._lips, lips_pace * lips, _SHARPEN_LIPS)
+        opening = min(opening, mouth) if mouth < 0 and made.opening is not None else opening
+        self._opening_to = _stepped(self._opening, opening_pace * opening, _SHARPEN)
+        self._lips_to = _stepped(self._lips, lips_pace * lips, _SHARPEN_LIPS)
 
     def _with_detail(self, picture: Picture, patch: Patch, points_px: F32) -> Patch:
         lips, opening = self._lips, self._opening
@@ -123,14 +131,13 @@ class MouthDetail:
         x, y = (int(np.clip(v, half, size - half)) for v, size in ((x, picture.width_px), (y, picture.height_px)))
         skin = picture.y[max(y - half, 0) : y + half, max(x - half, 0) : x + half].astype(np.float32)
         residual = skin - cv2.GaussianBlur(skin, (0, 0), 1.0)
-        most = 2.5 * float(np.median(np.abs(residual))) / 0.6745  # what stands out is a hair or an edge, no grain
+        # What stands out is a hair or an edge, no grain.
+        most = 2.5 * float(np.median(np.abs(residual[::2, ::2]))) / 0.6745
         residual = np.clip(residual, -most, most)
-        rng = np.random.default_rng(self._grain_of[1])
-        tiles = [-(-n // m) + 1 for n, m in zip(shape, residual.shape, strict=True)]
-        tile = np.block([[residual, residual[:, ::-1]], [residual[::-1], residual[::-1, ::-1]]])
-        whole = np.tile(tile, (tiles[0] // 2 + 1, tiles[1] // 2 + 1))
-        dy, dx = (int(rng.integers(0, a - b + 1)) for a, b in zip(whole.shape, shape, strict=True))
-        return np.asarray(whole[dy : dy + shape[0], dx : dx + shape[1]], np.float32)
+        down, right = (self._grain_of[1] * step % (2 * side) for step, side in zip(_STEPS, residual.shape, strict=True))
+        below, beside = (max(n - m, 0) for n, m in zip(shape, residual.shape, strict=True))
+        whole = cv2.copyMakeBorder(residual, down, below, right, beside, cv2.BORDER_REFLECT)
+        return np.asarray(whole[: shape[0], : shape[1]], np.float32)
 
 
 def _missing(own: float | None, made: float | None) -> float:
@@ -170,25 +177,33 @@ def _detail(picture: Picture, patch: Patch | None, points_px: F32) -> _Detail:
     if min(x1 - x0, y1 - y0) < 8:
         return _Detail()
     luma = picture.y[y0:y1, x0:x1] if patch is None else _shown(picture, patch, x0, y0, x1, y1)
-    energy = cv2.Laplacian(luma, cv2.CV_32F) ** 2
+    detail = np.asarray(cv2.Laplacian(luma, cv2.CV_32F), np.float32)
     local = lips - np.array([x0, y0], np.float32)
-    mouth = _filled(local, luma.shape)
-    inside = _filled(points_px[mesh.INNER_LIP, :2] - np.array([x0, y0], np.float32), luma.shape)
-    ring = _filled(_grown(local, _RING_EYES[1] * eyes_px), luma.shape)
-    ring[_filled(_grown(local, _RING_EYES[0] * eyes_px), luma.shape) > 0] = 0
+    inner, outer = (_filled(_grown(local, reach * eyes_px), luma.shape) for reach in _RING_EYES)
+    ring = np.asarray(cv2.subtract(outer, inner), np.uint8)
     if not ring.any():
         return _Detail()
+    around = _energy(detail, ring) + 1e-2
+    # The rest lies within the ring's inner edge.
+    x, y, width, height = cv2.boundingRect(inner)
+    detail = detail[y : y + height, x : x + width]
+    origin = np.array([x0 + x, y0 + y], np.float32)
+    mouth, inside = (_filled(points_px[line, :2] - origin, detail.shape) for line in (mesh.OUTER_LIP, mesh.INNER_LIP))
     line = max(2, 2 * round(_LINE_EYES * eyes_px) + 1)
-    only_lips = mouth.copy()
-    only_lips[cv2.dilate(inside, np.ones((line, line), np.uint8)) > 0] = 0
-    around = cv2.mean(energy, ring)[0] + 1e-2
+    only_lips = np.asarray(cv2.subtract(mouth, cv2.dilate(inside, np.ones((line, line), np.uint8))), np.uint8)
 
     def against_ring(mask: U8) -> float | None:
-        seen = cv2.mean(energy, mask)[0] if cv2.countNonZero(mask) >= _LEAST_PX else 0.0
+        seen = _energy(detail, mask) if cv2.countNonZero(mask) >= _LEAST_PX else 0.0
         return float(np.log(seen / around)) if seen > 0 else None
 
     is_open = mesh.opening(points_px) > _OPEN
     return _Detail(against_ring(only_lips), against_ring(inside) if is_open else None, against_ring(mouth))
+
+
+def _energy(detail: F32, mask: U8) -> float:
+    """The mean square where the mask is set."""
+    mean, deviation = cv2.meanStdDev(detail, mask=mask)
+    return float(mean[0, 0] ** 2 + deviation[0, 0] ** 2)
 
 
 def _grown(points: F32, by_px: float) -> F32:
