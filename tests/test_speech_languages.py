@@ -11,7 +11,7 @@ import pytest
 
 from beavervision.errors import ModelError
 from beavervision.media import F32
-from beavervision.speech import Speaker, SpeechChunk, TimingKind
+from beavervision.speech import Speaker, SpeechChunk, TimingKind, hibari, kokoro
 from beavervision.speech.kokoro import _stretched
 
 VOICES_DIR = os.environ.get("KOKORO_VOICES", "")  # a folder with the voice files of kokoro-js
@@ -83,6 +83,28 @@ def test_kokoro_voice_says_what_it_lacks() -> None:
         Speaker().speak("Bonjour.", voice="ff_siwis")
 
 
+SAID_IN = {
+    "es": "¿El perro corre rápido? Quiero jugo, un yogur, guitarra y pingüino: ayer llovió en la ciudad de México.",
+    "fr-fr": "Bonjour, je voudrais un bon vin blanc. La montagne, une feuille, l'oiseau brun, le week-end au parking.",
+    "it": "Buongiorno, gli gnocchi della nonna! Pizza, zucchero, sciarpa; perché l'acqua è fredda?",
+    "hi": "नमस्ते, ठंडा पानी चाहिए। घर, झंडा, ढोल, थाली, छोटा, पढ़ना, लड़का, ज्ञान, ऋषि, क़लम, computer।",
+    "pt-br": "Bom dia, não há pão. O coração do irmão bate forte; amanhã chove. Trabalho, carro, sexta-feira, tchau.",
+}
+
+
+@pytest.mark.parametrize("language", SAID_IN)
+def test_every_sound_of_kokoros_languages_is_in_its_alphabet(language: str) -> None:
+    pytest.importorskip("espeakng_loader", reason="the extra languages is not installed")
+    phonemes = kokoro._phonemes(SAID_IN[language], language)
+    assert not set(phonemes) - set(hibari.vocabulary())
+    assert not set(phonemes) & set("()^-"), "eSpeak's marks are no sounds"
+
+
+def test_kokoro_is_given_both_kinds_of_r() -> None:
+    pytest.importorskip("espeakng_loader", reason="the extra languages is not installed")
+    assert (kokoro._phonemes("perro", "es"), kokoro._phonemes("pero", "es")) == ("pˈero", "pˈeɾo")
+
+
 def test_kokoro_speaks() -> None:
     if not VOICES_DIR:
         pytest.skip("KOKORO_VOICES names no folder with Kokoro's voices")
@@ -90,7 +112,8 @@ def test_kokoro_speaks() -> None:
         pytest.importorskip(module, reason="the extra languages is not installed")
     speaker = Speaker(voices_dir=Path(VOICES_DIR))
     assert speaker.voice(language="fr").name == "ff_siwis"
-    for voice, text in (("ff_siwis", "Bonjour."), ("af_heart", "Good day.")):
+    others = (("ef_dora", "Buenos días."), ("if_sara", "Buongiorno."), ("hf_alpha", "नमस्ते"), ("pf_dora", "Bom dia."))
+    for voice, text in (*others, ("ff_siwis", "Bonjour."), ("af_heart", "Good day.")):
         chunks = list(speaker.speak(text, voice=voice))
         check_clock(chunks)
         assert chunks[0].timing is TimingKind.NETWORK

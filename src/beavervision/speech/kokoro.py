@@ -42,12 +42,12 @@ _NAMES = (
     "bm_fable bm_george bm_lewis"
 )
 
-# eSpeak's IPA with ties -> the network's alphabet
+# eSpeak's IPA with ties -> the network's alphabet, as in misaki 0.9 (EspeakG2P), whose phonemes the network was trained on
 _FROM_ESPEAK = {
-    "a^ɪ": "I", "a^ʊ": "W", "d^z": "ʣ", "d^ʒ": "ʤ", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "t^s": "ʦ", "t^ʃ": "ʧ",
-    "ɔ^ɪ": "Y", "^": "", "-": "", "g": "ɡ", "r": "ɾ",
+    "a^ɪ": "I", "a^ʊ": "W", "d^z": "ʣ", "d^ʒ": "ʤ", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "s^s": "S", "t^s": "ʦ", "t^ʃ": "ʧ",
+    "ɔ^ɪ": "Y", "^": "", "-": "", "g": "ɡ",
 }  # fmt: skip
-_SWITCH = re.compile(r"\([a-z-]+\)")  # eSpeak notes a change of language within a text
+_SWITCH = re.compile(r"\([a-z^-]+\)")  # eSpeak notes a change of language within a text, with ties in it too
 _PUNCTUATION = re.compile(r"([;:,.!?—…]+)")
 
 
