@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from beavervision.errors import OutputError
+from beavervision.stages.watch import write_png
 
 _WIDTH = 1000
 _LEFT, _RIGHT = 300, 40  # of the axes
@@ -66,16 +66,7 @@ def write_plot(panels: Sequence[Panel], path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    image = draw(panels)
-    data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    try:
-        path.write_bytes(data.getvalue())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Check the rights and the space left."
-        ) from error
+    write_png(path, np.asarray(draw(panels)))
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:

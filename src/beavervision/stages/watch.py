@@ -148,10 +148,15 @@ class Watch:
         columns = min(8, len(tiles))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
         rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
-        _write_png(path, np.vstack(rows))
+        write_png(path, np.vstack(rows))
 
 
-def _write_png(path: Path, rgb: U8) -> None:
+def write_png(path: Path, rgb: U8) -> None:
+    """An RGB picture (h, w, 3) as a PNG file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.part.png")
     try:
         ok, data = cv2.imencode(".png", rgb[..., ::-1])
@@ -159,7 +164,9 @@ def _write_png(path: Path, rgb: U8) -> None:
         part.write_bytes(data.tobytes())
         part.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}. Check the folder, the rights and the space left."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
