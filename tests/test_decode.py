@@ -156,6 +156,18 @@ def test_fields_become_whole_pictures_at_their_own_times(tmp_path: Path) -> None
     assert not probe(make_video(tmp_path / "whole.mp4", pictures=5)).interlaced
 
 
+def test_few_pictures_a_second_are_held_and_too_many_refused(tmp_path: Path) -> None:
+    slow = make_video(tmp_path / "slow.mp4", pictures=6, rate=Fraction(2))
+    info = probe(slow)
+    assert (info.rate, info.constant) == (25, False)
+    assert any("too few for a mouth" in note and "25.000" in note for note in info.notes)
+    shown = all_numbers(slow)
+    assert [n for n, _ in itertools.groupby(shown)] == [0, 1, 2, 3, 4, 5]
+    assert len(shown) == 75 and shown.count(3) in (12, 13)
+    with pytest.raises(MediaError, match="1000 pictures a second; 240 are allowed. Convert"):
+        probe(make_video(tmp_path / "fast.mp4", pictures=40, rate=Fraction(1000)))
+
+
 # Extending
 
 

@@ -42,6 +42,7 @@ MAX_STILL_PX = 128_000_000
 MAX_VIDEO_PX = 8192 * 4320
 SOUND_HZ, SOUND_CHANNELS = (2000, 768_000), 8
 STILL_RATE = Fraction(25)
+LEAST_RATE, MOST_RATE = 10, 240  # pictures a second: of fewer no mouth is made, more are no video's
 STANDARD_RATES = tuple(
     Fraction(r)
     for r in ("24000/1001", "24", "25", "30000/1001", "30", "48", "50", "60000/1001", "60", "120000/1001", "120", "15")
@@ -131,6 +132,10 @@ def probe(path: Path | str) -> SourceInfo:
     with _opened(path) as container:
         stream = _video_stream(path, container)
         timing = _timing(container, stream)
+        if timing.rate > MOST_RATE:
+            raise MediaError(
+                f"{path} has {float(timing.rate):.0f} pictures a second; {MOST_RATE} are allowed. Convert it first."
+            )
     with _opened(path) as container:
         stream = _video_stream(path, container)
         first = next(_frames(container, stream, None), None)
@@ -410,6 +415,9 @@ def _timing(container: av.container.InputContainer, stream: av.VideoStream) -> _
     times = [s * base for s in sorted(set(stamps))]
     start = times[0] if times else Fraction(0)
     rate, note, constant = _choose_rate([t - start for t in times], stream.average_rate)
+    if rate < LEAST_RATE:
+        few = f"{float(rate):.2f} a second are too few for a mouth: each picture is shown several times"
+        rate, note, constant = STILL_RATE, few, False
     return _Timing(rate, note, constant, start, packets)
 
 
@@ -482,7 +490,7 @@ def _describe(
     if first.interlaced_frame:
         notes.append("interlaced: whole pictures were made of its fields")
     if not timing.constant:
-        notes.append(f"variable frame rate: written at {float(timing.rate):.3f} pictures a second")
+        notes.append(f"frame rate {timing.note}; written at {float(timing.rate):.3f} pictures a second")
     turn = _display_matrix(first)
     picture = _picture(first, size, turn)
     return SourceInfo(
