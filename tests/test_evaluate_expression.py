@@ -23,7 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExpressionReport:
     make_video(folder / "none_01.mp4", [empty() for _ in range(9)], Fraction(25))
     lines = ["none_01.mp4\tvalidate\t3\t0", "one_01.mp4\tvalidate\t3\t0", "one_02.mp4\tvalidate\t3\t0"]
     (folder / "index.tsv").write_text(HEAD + "\n".join(lines) + "\n", "utf-8")
-    return evaluate_expression(folder, people=2, talking=1)
+    return evaluate_expression(folder, people=2, talking=1, sentences=("Mama may buy maps.",))
 
 
 def test_controls_are_seen_again(report: ExpressionReport) -> None:
@@ -43,6 +43,14 @@ def test_presets_keep_the_mouth_talking(report: ExpressionReport) -> None:
     assert report.ms["neutral"] < 0.5 < report.ms["happy"]
 
 
+def test_presets_keep_the_lips_of_phones_closed(report: ExpressionReport) -> None:
+    happy = report.phones["happy"]
+    assert happy.of == 6, "m m m b m p"
+    assert happy.closed_plain >= 3
+    assert happy.kept > 0.95
+    assert happy.opening_r > 0.9
+
+
 def test_people_without_a_face_are_left_out(report: ExpressionReport) -> None:
     assert report.people == ("one_01.mp4",)
     assert list(report.left_out) == ["none_01.mp4"]
@@ -50,7 +58,7 @@ def test_people_without_a_face_are_left_out(report: ExpressionReport) -> None:
 
 def test_it_can_be_read(report: ExpressionReport) -> None:
     out = StringIO()
-    Console(file=out, width=120).print(format_table(report))
+    Console(file=out, width=160).print(format_table(report))
     assert "blink" in out.getvalue()
     assert report.as_dict()["rises"]["brow raise"]["reached"] == 1
 

@@ -147,13 +147,20 @@ class ExpressionReport:
 
 
 def evaluate_expression(
-    folder: Path, split: str = "validate", *, people: int = 12, talking: int = 4, on_progress: Told | None = None
+    folder: Path,
+    split: str = "validate",
+    *,
+    people: int = 12,
+    talking: int = 4,
+    sentences: Sequence[str] = SENTENCES,
+    on_progress: Told | None = None,
 ) -> ExpressionReport:
     """Measure the expression stage on the clips of a folder of talkers with its index.
 
     Args:
         people: how many to ask for controls.
         talking: how many of them to give the presets while they talk.
+        sentences: what those speak as stills.
 
     Raises:
         InputError, UsageError: the index cannot be used, or shows too few faces.
@@ -193,7 +200,7 @@ def evaluate_expression(
             of.setdefault(name, []).append(one)
     speech = {name: _summed(all_spoken) for name, all_spoken in of.items()}
     outside = max((s.outside for all_spoken in of.values() for s in all_spoken), default=0.0)
-    phones = spoken_phones([faces[file][0] for file in largest], nets)
+    phones = spoken_phones([faces[file][0] for file in largest], sentences, nets)
     return ExpressionReport(tuple(faces), rises, same, speech, phones, outside, cost(*seen[0]), left_out)
 
 
@@ -297,11 +304,11 @@ def _summed(spoken: Sequence[_Spoken]) -> Speech:
     )
 
 
-def spoken_phones(stills: Sequence[Picture], nets: FaceNets) -> dict[str, Spoken]:
-    """Let each still speak :data:`SENTENCES`, plain and with each preset."""
+def spoken_phones(stills: Sequence[Picture], sentences: Sequence[str], nets: FaceNets) -> dict[str, Spoken]:
+    """Let each still speak the sentences, plain and with each preset."""
     pipeline = Pipeline(device="cpu")
     phones: list[Phone] = []
-    chunks = list(spoken(pipeline, SENTENCES, None, 0, phones))
+    chunks = list(spoken(pipeline, sentences, None, 0, phones))
     by_preset: dict[str, list[Spoken]] = {}
     for still in stills:
         frames = (Frames((still,) * 8, start, _RATE) for start in itertools.count(0, 8))
