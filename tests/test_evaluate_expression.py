@@ -13,7 +13,7 @@ from beavervision.errors import InputError, UsageError
 from beavervision.evaluate.expression import ASKED, ExpressionReport, evaluate_expression, format_table
 from tests.faces import empty, make_video, moved
 
-HEAD = "file\tsplit\tseconds\tsync_lag_s\n"
+HEAD = "file\tsplit\tperson\tseconds\tsync_lag_s\n"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExpressionReport:
     folder = tmp_path_factory.mktemp("talkers")
     make_video(folder / "one_01.mp4", [moved(dx=0.4 * (i % 3), zoom=1.5) for i in range(6)], Fraction(25))
     make_video(folder / "none_01.mp4", [empty() for _ in range(9)], Fraction(25))
-    lines = ["none_01.mp4\tvalidate\t3\t0", "one_01.mp4\tvalidate\t3\t0", "one_02.mp4\tvalidate\t3\t0"]
+    lines = ["none_01.mp4\tvalidate\tnone\t3\t0", "one_01.mp4\tvalidate\tone\t3\t0", "one_02.mp4\tvalidate\tone\t3\t0"]
     (folder / "index.tsv").write_text(HEAD + "\n".join(lines) + "\n", "utf-8")
     return evaluate_expression(folder, people=2, talking=1, sentences=("Mama may buy maps.",))
 
@@ -67,6 +67,6 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         evaluate_expression(tmp_path, people=0)
     make_video(tmp_path / "none_01.mp4", [empty() for _ in range(9)], Fraction(25))
-    (tmp_path / "index.tsv").write_text(HEAD + "none_01.mp4\tvalidate\t3\t0\n", "utf-8")
+    (tmp_path / "index.tsv").write_text(HEAD + "none_01.mp4\tvalidate\tnone\t3\t0\n", "utf-8")
     with pytest.raises(InputError, match="frontal"):
         evaluate_expression(tmp_path)
