@@ -18,7 +18,7 @@ from beavervision.models.basis import MotionBasis
 from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
-from training import clips, export, lessons, motion, painter, voices
+from training import clips, export, lessons, motion, painter, sync, voices
 
 pytestmark = pytest.mark.torch
 
@@ -101,6 +101,18 @@ def test_a_late_sound_is_found(data: Path, basis: MotionBasis) -> None:
     clip.lag_s = 0.1
     assert motion.correct_lags(told, [clip], readout) == 1
     assert abs(clip.lag_s) < 0.021
+
+
+def test_the_sync_scorer_learns_and_says_where_it_cannot_be_measured(data: Path, basis: MotionBasis) -> None:
+    motions = clips.load_all(data, basis)
+    before = SyncScorer(motion.BASIS_SIZE).state_dict()
+    net = sync.train(motions, 2)
+    assert any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    rows, lips, weight = sync.Windows(motions, 0).take(3)
+    with torch.no_grad():
+        scores = net.compare(net.sound(rows), net.motion(lips), weight)
+    assert torch.isfinite(scores).all()
+    assert sync.figures(net, motions) == sync.Figures(0, 0, None, None), "three seconds are too short for a window"
 
 
 def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBasis, tmp_path: Path) -> None:

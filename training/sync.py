@@ -1,6 +1,6 @@
 """The sync scorer: learned from the real clips alone, by finding the true offset among all of a window.
 
-    python -m training.sync train --data work/data --weights work/weights      (20 minutes of one core; --smoke: seconds)
+    python -m training.sync train --data work/data --weights work/weights      (13 minutes of one core; --smoke: seconds)
     python -m training.sync evaluate --data work/data --weights work/weights
 
 It shares no weights and no loss with the motion networks, so that it can judge them.
