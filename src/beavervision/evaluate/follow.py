@@ -439,8 +439,7 @@ def _mean_mouth(clips: list[_Seen]) -> F32:
 def _chance(one: _Seen, others: list[_Seen]) -> Control | None:
     """The made mouth against the true one of the next clip that is long enough and of somebody else."""
     later = sorted(others, key=lambda other: (other.row.file < one.row.file, other.row.file))
-    fitting = (o for o in later if o.row.seconds >= one.row.seconds) if others else iter(())
-    other = next(fitting, None)
+    other = next((other for other in later if other.row.seconds >= one.row.seconds), None)
     if other is None:
         return None
     truth = MouthTrace(other.made.times_s, other.truth.opening, other.truth.width, other.truth.lips)
