@@ -83,12 +83,16 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What became of an utterance. `seconds` is how much of it was heard; `message` says why one failed."""
+    """What became of an utterance. `seconds` is how much of it was heard; `message` says why one failed.
+
+    `sample` is where that was on the session's clock: its first sample, one after its last, or where it was cut.
+    """
 
     kind: Literal["started", "finished", "interrupted", "failed"]
     utterance: int
     seconds: float = 0.0
     message: str = ""
+    sample: int = 0
 
 
 class _Told(Script):
@@ -193,7 +197,7 @@ class LiveSession:
         self._camera = CameraFootage(source, rate, WORK_S) if isinstance(source, Camera) else None
         self._face: Footage = self._camera or Loop(source, rate)  # type: ignore[arg-type]
         self._engine = engine
-        self._clock = engine.clock
+        self.clock = engine.clock
         self._how: dict[str, Any] = {"voice": voice.name, "speed": speed, "pitch": pitch, "seed": seed}
         reach = engine.pipeline.live_hear(rate).reach(RATE_HZ)
         self._needs = ceil(reach * RATE_HZ)  # samples beyond the end of a picture that its drawing must have
@@ -230,9 +234,9 @@ class LiveSession:
         self._block_s = 0.02  # that a drawing takes, running mean
         self._counts = _Counts()
         self._listeners: list[Callable[[Event], None]] = []
-        self.touched_s = self._clock.now()
+        self.touched_s = self.clock.now()
         self._worker: threading.Thread | None = None
-        if not self._clock.inline:
+        if not self.clock.inline:
             self._worker = threading.Thread(target=self._work, name=f"live-{name}", daemon=True)
             self._worker.start()
 
@@ -287,7 +291,7 @@ class LiveSession:
                 self._script.expect()
             if len(self._utterances) >= _WAITING:
                 raise BusyError(f"{_WAITING} texts wait to be said. Wait for some, or interrupt first.")
-            utterance = _Utterance(next(self._numbers), self._clock.now(), chunks=chunks, told=told)
+            utterance = _Utterance(next(self._numbers), self.clock.now(), chunks=chunks, told=told)
             self._utterances.append(utterance)
             self._speak_on()
             self._changed.notify_all()
@@ -303,7 +307,7 @@ class LiveSession:
         with self._changed:
             self._touch()
             if self._stream is None:
-                utterance = _Utterance(next(self._numbers), self._clock.now(), converter=Converter(rate_hz))
+                utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(rate_hz))
                 self._utterances.append(utterance)
                 self._stream = (utterance, Pcm16())
             utterance, parser = self._stream
@@ -336,7 +340,9 @@ class LiveSession:
         with self._changed:
             at = sample_at(self._next, self.rate, RATE_HZ)
             events = [
-                Event("interrupted", u.number, self._heard_s(u, at)) for u in self._utterances if not _over(u, at)
+                Event("interrupted", u.number, self._heard_s(u, at), sample=at)
+                for u in self._utterances
+                if not _over(u, at)
             ]
             self._utterances.clear()
             self._stream = None
@@ -392,7 +398,7 @@ class LiveSession:
         with self._taking():
             while not self._closed:
                 for at_s in self._waits():
-                    await self._clock.sleep_until(at_s)
+                    await self.clock.sleep_until(at_s)
                 if not self._closed:
                     yield self.take()
 
@@ -401,7 +407,7 @@ class LiveSession:
         with self._taking():
             while not self._closed:
                 for at_s in self._waits():
-                    self._clock.wait_until(at_s)
+                    self.clock.wait_until(at_s)
                 if not self._closed:
                     yield self.take()
 
@@ -462,11 +468,11 @@ class LiveSession:
     def _touch(self) -> None:
         if self._closed:
             raise UsageError("The session is closed. Open another.")
-        self.touched_s = self._clock.now()
+        self.touched_s = self.clock.now()
 
     def _now_s(self) -> float:
         """Where the session's time stands; before the beginning and in a pause, at the next moment."""
-        return float(self._next / self.rate) if self._origin_s is None else self._clock.now() - self._origin_s
+        return float(self._next / self.rate) if self._origin_s is None else self.clock.now() - self._origin_s
 
     def _write(self, utterance: _Utterance, pcm: F32, lead_s: float) -> None:
         """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then."""
@@ -498,7 +504,7 @@ class LiveSession:
 
     def _speak_on(self) -> None:
         """Let the next piece of text be synthesised, if there is one and room for it."""
-        if self._clock.inline or self._speaking is not None or self._to_speak() is None:
+        if self.clock.inline or self._speaking is not None or self._to_speak() is None:
             return
         self._speaking = self._engine.submit(self._speak)
 
@@ -548,22 +554,22 @@ class LiveSession:
             self._touch()
             if self._origin_s is not None:
                 raise UsageError("Somebody takes this session's pictures already. Share them behind one encoder.")
-            self._origin_s = self._clock.now() - float(self._next / self.rate)
+            self._origin_s = self.clock.now() - float(self._next / self.rate)
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
                 self._origin_s = None
-                self.touched_s = self._clock.now()
+                self.touched_s = self.clock.now()
         if self._failed is not None:
             raise self._failed
 
     def _waits(self) -> Iterator[float]:
         """The times to wait for until the next moment is due; without a worker, work is done in between."""
         due_s = self._due_s(self._next)
-        while self._clock.inline and self._clock.now() < due_s - _TICK_S:
-            yield self._clock.now() + _TICK_S
+        while self.clock.inline and self.clock.now() < due_s - _TICK_S:
+            yield self.clock.now() + _TICK_S
             self._work_now()
         yield due_s
 
@@ -573,12 +579,12 @@ class LiveSession:
 
     def take(self) -> Moment:
         """The next moment at once: for callers that keep the time themselves, between :meth:`frames`'s beginning and end."""
-        if self._clock.inline:
+        if self.clock.inline:
             self._work_now()
         with self._changed:
             n = self._next
             due_s = self._due_s(n)
-            now_s = self._clock.now()
+            now_s = self.clock.now()
             start, stop = sample_at(n, self.rate, RATE_HZ), sample_at(n + 1, self.rate, RATE_HZ)
             if self._line.head < stop and self._more_to_come():
                 self._line.pad(stop, start - HISTORY)
@@ -647,13 +653,13 @@ class LiveSession:
         for u in tuple(self._utterances):
             if not u.begun and u.start is not None and u.start < stop:
                 u.begun = True
-                events.append(Event("started", u.number))
+                events.append(Event("started", u.number, sample=u.start))
                 if u.chunks is not None:
                     self._counts.say_s.append(now_s - u.since_s)
                     metrics.LIVE_SAY_SECONDS.observe(now_s - u.since_s)
             if _over(u, stop):
                 self._utterances.remove(u)
-                events.append(Event("finished", u.number, self._heard_s(u, u.stop)))
+                events.append(Event("finished", u.number, self._heard_s(u, u.stop), sample=u.stop))
         while self._arrivals and self._arrivals[0][0] < stop:
             _, since_s = self._arrivals.popleft()
             if self._origin_s is not None:
@@ -744,7 +750,7 @@ class LiveSession:
             return self._close_retired, None
         if self._origin_s is None:
             return None, None
-        now_s = self._clock.now() - self._origin_s
+        now_s = self.clock.now() - self._origin_s
         if (look := self._face.look(now_s)) is not None:
             return look, None
         run = self._run or self._begin(now_s)
@@ -839,9 +845,9 @@ class LiveSession:
     def _draw(self, run: _Run) -> None:
         """Draw the pictures that were asked for."""
         asked = run.asked
-        begin_s, cpu_s = self._clock.now(), time.thread_time()
+        begin_s, cpu_s = self.clock.now(), time.thread_time()
         clip = next(run.clips)
-        spent_s, cpu_s = self._clock.now() - begin_s, time.thread_time() - cpu_s
+        spent_s, cpu_s = self.clock.now() - begin_s, time.thread_time() - cpu_s
         self._block_s += 0.2 * (spent_s - self._block_s)
         at_rest = self._at_rest(clip, asked) and asked.stop >= self._glide_until
         with self._changed:

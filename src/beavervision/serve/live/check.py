@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 import aioice
+from aioice import stun, turn
+from aiortc import RTCIceServer
 from aiortc.rtcicetransport import connection_kwargs
 from fastapi.concurrency import run_in_threadpool
 
@@ -89,16 +90,45 @@ async def _servers(network: Network) -> list[CheckOut]:
     for server in network.configuration().iceServers or []:
         url = str(server.urls[0])
         kind = urlsplit(url).scheme
-        wanted = "relay" if kind.startswith("turn") else "srflx"
-        connection = aioice.Connection(ice_controlling=True, **connection_kwargs([server]))
-        with suppress(TimeoutError, OSError):
-            await asyncio.wait_for(connection.gather_candidates(), _WAIT_S)
-        found = [candidate for candidate in connection.local_candidates if candidate.type == wanted]
-        await connection.close()
-        if found:
-            detail = f"{url} answers: this machine is seen at {found[0].host}."
-        else:
-            what = "its user and password, " if wanted == "relay" else ""
-            detail = f"{url} does not answer. Check the address in live_ice_servers, {what}and that UDP may go there."
-        checks.append(CheckOut(name=kind, ok=bool(found), detail=detail))
+        where = f"{url} does not answer. Check the address in live_ice_servers, and that UDP may go there."
+        try:
+            seen = await asyncio.wait_for(_relay(server) if kind.startswith("turn") else _reflected(server), _WAIT_S)
+            checks.append(CheckOut(name=kind, ok=True, detail=f"{url} answers: this machine is seen at {seen}."))
+        except stun.TransactionFailed as error:
+            code, reason = error.response.attributes.get("ERROR-CODE", (0, "no reason"))
+            whose = "live_turn_secret" if network.secret else "live_turn_user and live_turn_password"
+            what = f"Check {whose}" if code in (401, 438, 441) else "Look into its log"
+            detail = f"{url} answers, but refuses ({code} {reason}). {what}."
+            checks.append(CheckOut(name=kind, ok=False, detail=detail))
+        except (stun.TransactionError, TimeoutError, OSError):
+            checks.append(CheckOut(name=kind, ok=False, detail=where))
     return checks
+
+
+async def _reflected(server: RTCIceServer) -> str:
+    """This machine's address as a STUN server sees it. Raises TimeoutError."""
+    connection = aioice.Connection(ice_controlling=True, **connection_kwargs([server]))
+    try:
+        await connection.gather_candidates()
+        found = [candidate.host for candidate in connection.local_candidates if candidate.type == "srflx"]
+    finally:
+        await connection.close()
+    if not found:
+        raise TimeoutError
+    return found[0]
+
+
+async def _relay(server: RTCIceServer) -> str:
+    """The address that a TURN server lends. Raises TransactionError, OSError."""
+    how = connection_kwargs([server])
+    transport, _ = await turn.create_turn_endpoint(
+        asyncio.DatagramProtocol,
+        server_addr=how["turn_server"],
+        username=how["turn_username"],
+        password=how["turn_password"],
+        ssl=how.get("turn_ssl", False),
+        transport=how.get("turn_transport", "udp"),
+    )
+    host, _ = transport.get_extra_info("sockname")
+    transport.close()
+    return str(host)
