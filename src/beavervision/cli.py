@@ -759,6 +759,9 @@ def evaluate_live(
     loads: Annotated[str, typer.Option(help="Sessions at once and their pictures a second, as 1x25,2x25,4x15.")] = "",
     seconds: Annotated[float, typer.Option(help="How long each of these goes on.")] = 20,
     minutes: Annotated[float, typer.Option(help="Of a long run of one session.")] = 0,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="Time what is said in a Chromium, too (extra browser).")
+    ] = False,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
@@ -792,6 +795,7 @@ def evaluate_live(
             sessions=tuple((int(count), int(rate)) for count, _, rate in pairs),
             seconds=seconds,
             minutes=minutes,
+            browser=browser,
             on_progress=told,
         )
     _show(as_json, report.as_dict(), report.lines())

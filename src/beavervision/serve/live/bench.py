@@ -29,6 +29,7 @@ from beavervision.media import Picture, sample_at
 from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import opening
 from beavervision.pipeline import Pipeline
+from beavervision.serve.live.bench_browser import browser_viewer
 from beavervision.serve.live.encoder import AUDIO_HZ, Coded, Kind
 from beavervision.serve.live.fanout import Ended
 from beavervision.serve.live.room import Room, Terms, as_picture
@@ -104,6 +105,7 @@ class LiveReport:
     look_ahead_ms: float
     say_to_packet_ms: Spread
     say_to_viewer_ms: Spread
+    say_to_browser_ms: Spread | None
     audio_to_packet_ms: Spread
     silence_ms: Spread
     loads: tuple[Load, ...]
@@ -124,6 +126,7 @@ class LiveReport:
             f"{self.delay_ms:.0f} ms, {self.look_ahead_ms:.0f} of them the model's look-ahead.",
             told("say to moving picture with sound, encoded", self.say_to_packet_ms),
             told("say to moving picture with sound, at a viewer", self.say_to_viewer_ms),
+            *([told("the same, in Chromium", self.say_to_browser_ms)] if self.say_to_browser_ms is not None else []),
             told("streamed audio to its picture, encoded", self.audio_to_packet_ms),
             told("interruption to silence and lips at rest", self.silence_ms),
         ]
@@ -153,6 +156,7 @@ def measure(
     sessions: tuple[tuple[int, int], ...] = (),
     seconds: float = 10.0,
     minutes: float = 0.0,
+    browser: bool = False,
     on_progress: Progress = lambda line: None,
 ) -> LiveReport:
     """Measure live sessions with `face`.
@@ -162,8 +166,10 @@ def measure(
         times: how often something is said; `interruptions`: how often it is interrupted.
         sessions: pairs of how many sessions at once and their pictures a second, each tried for `seconds`.
         minutes: of a long run; 0 for none.
+        browser: whether to time what is said in a Chromium too.
 
     Raises:
+        UsageError: there is no browser to do that with.
         BeaverVisionError: the face or the model cannot be used.
         DeviceError: the machine is too busy to draw anything in time.
     """
@@ -174,7 +180,7 @@ def measure(
         avatar = Avatar.prepare(face, pipeline, size_px=size_px, rate=fps)
         bench = _Bench(engine, avatar, fps, on_progress)
         try:
-            return asyncio.run(bench.run(times, interruptions, sessions, seconds, minutes))
+            return asyncio.run(bench.run(times, interruptions, sessions, seconds, minutes, browser))
         except TimeoutError as error:
             raise DeviceError(
                 f"No face moved within {_PATIENCE_S:.0f} s: this machine is too busy. Close other programs, or ask for fewer "
@@ -207,12 +213,19 @@ class _Bench:
         self._lips = _Lips(avatar)
 
     async def run(
-        self, times: int, interruptions: int, sessions: tuple[tuple[int, int], ...], seconds: float, minutes: float
+        self,
+        times: int,
+        interruptions: int,
+        sessions: tuple[tuple[int, int], ...],
+        seconds: float,
+        minutes: float,
+        browser: bool,
     ) -> LiveReport:
         async with self._room(self._fps) as room, _viewer(room) as viewer:
             says, arrivals = await self._says(room, viewer, times)
             session, codec = room.session, room.codec
             facts = session.facts()["delay_ms"]
+        in_browser = await self._says_in_browser(times) if browser else None
         async with self._room(self._fps) as room, _drained(room):
             pushed = await self._pushes(room)
             cuts = await self._cuts(room, interruptions)
@@ -226,6 +239,7 @@ class _Bench:
             look_ahead_ms=facts["look_ahead"],
             say_to_packet_ms=Spread.of(says),
             say_to_viewer_ms=Spread.of(arrivals),
+            say_to_browser_ms=in_browser,
             audio_to_packet_ms=Spread.of(pushed),
             silence_ms=Spread.of(cuts),
             loads=tuple(loads),
@@ -271,6 +285,24 @@ class _Bench:
                 at_s = self._lips.moved_s(found, rest)
                 into.append(at_s - began_s)
         return encoded, arrived
+
+    async def _says_in_browser(self, times: int) -> Spread:
+        """From a text to the first picture by which a Chromium was heard and seen to speak."""
+        taken: list[float] = []
+        async with self._room(self._fps) as room, browser_viewer(room) as viewer:
+            for number in range(times):
+                self._told(f"saying something to a browser, {number + 1} of {times}")
+                await self._still(room)
+                await viewer.look(_AFTER)
+                await asyncio.sleep(3 / self._fps)  # a picture at rest is to compare with
+                began_s = time.monotonic()
+                await asyncio.to_thread(room.session.say, _TEXT)
+                shown = await _in_time(viewer.shown())
+                before = [picture for at_s, picture in shown.pictures if at_s < began_s]
+                later = [(at_s, picture) for at_s, picture in shown.pictures if at_s >= began_s]
+                seen_s = self._lips.first_moved_s(later, self._lips.gap(before[-1]))
+                taken.append(max(shown.heard_s, seen_s) - began_s)
+        return Spread.of(taken)
 
     async def _pushes(self, room: _Seen) -> list[float]:
         """From the arrival of each piece of streamed sound to the packet of the picture with its last sample."""
@@ -450,8 +482,12 @@ class _Lips:
     def moved_s(self, noticed: _Noticed, rest: float) -> float:
         """When it was both heard and seen to speak; the end of what was looked at, if it was not seen to."""
         assert noticed.heard_s is not None
-        seen = (at_s for at_s, picture in noticed.pictures if abs(self.gap(picture) - rest) > _MOVED)
-        return max(noticed.heard_s, next(seen, noticed.pictures[-1][0]))
+        return max(noticed.heard_s, self.first_moved_s(noticed.pictures, rest))
+
+    def first_moved_s(self, pictures: list[tuple[float, Picture]], rest: float) -> float:
+        """The time of the first picture with the lips apart otherwise than by `rest`, or of the last."""
+        seen = (at_s for at_s, picture in pictures if abs(self.gap(picture) - rest) > _MOVED)
+        return next(seen, pictures[-1][0])
 
 
 @asynccontextmanager

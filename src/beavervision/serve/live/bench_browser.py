@@ -1,0 +1,149 @@
+"""A viewer in a real Chromium: when it heard and showed what a live session said."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from beavervision.errors import UsageError
+from beavervision.media import Picture
+from beavervision.serve.live.room import Room
+
+if TYPE_CHECKING:
+    from playwright.async_api import Page
+
+_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+_KEPT = 60  # pictures
+_POLL_S = 0.05
+
+# `look(n)` begins to note: when sound was heard first, and every picture until `n` after that, in grey, with the time at which
+# it is to be seen. Times are those of performance.now(), in ms.
+_PAGE = """async () => {
+  const video = document.body.appendChild(document.createElement("video"));
+  video.autoplay = true;
+  const pc = (window.pc = new RTCPeerConnection());
+  pc.ontrack = ({ streams: [stream] }) => { video.srcObject = stream; };
+  for (const kind of ["video", "audio"]) pc.addTransceiver(kind, { direction: "recvonly" });
+  await pc.setLocalDescription(await pc.createOffer());
+  while (pc.iceGatheringState !== "complete") await new Promise((go) => setTimeout(go, 20));
+
+  window.look = (after) => { window.seen = { heard: null, pictures: [], after }; };
+  window.look(0);
+  let canvas = null;
+  const shown = (now, { width, height, expectedDisplayTime }) => {
+    const seen = window.seen;
+    if (seen.heard === null || seen.after > 0) {
+      canvas ??= new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+      canvas.drawImage(video, 0, 0);
+      const { data } = canvas.getImageData(0, 0, width, height);
+      const grey = new Uint8Array(width * height);
+      for (let i = 0; i < grey.length; i++) grey[i] = (77 * data[4 * i] + 150 * data[4 * i + 1] + 29 * data[4 * i + 2]) >> 8;
+      seen.pictures.push([expectedDisplayTime, grey, width]);
+      if (seen.pictures.length > KEPT) seen.pictures.shift();
+      if (seen.heard !== null) seen.after -= 1;
+    }
+    video.requestVideoFrameCallback(shown);
+  };
+  video.requestVideoFrameCallback(shown);
+
+  window.listen = async () => {
+    const context = new AudioContext();
+    const meter = new AnalyserNode(context, { fftSize: 256 });
+    context.createMediaStreamSource(video.srcObject).connect(meter);
+    await context.resume();
+    const wave = new Float32Array(256);
+    setInterval(() => {
+      meter.getFloatTimeDomainData(wave);
+      const loud = Math.sqrt(wave.reduce((sum, v) => sum + v * v, 0) / wave.length) > 0.01;
+      if (loud) window.seen.heard ??= performance.now();
+    }, 4);
+  };
+  window.told = () => ({
+    heard: window.seen.heard,
+    pictures: window.seen.pictures.map(([at, grey, width]) => {
+      let text = "";
+      for (let i = 0; i < grey.length; i += 8192) text += String.fromCharCode(...grey.subarray(i, i + 8192));
+      return [at, btoa(text), width];
+    }),
+  });
+  return pc.localDescription.sdp;
+}""".replace("KEPT", str(_KEPT))
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the browser heard and showed; times on this process's monotonic clock."""
+
+    heard_s: float
+    pictures: list[tuple[float, Picture]]
+
+
+class BrowserViewer:
+    def __init__(self, page: Page) -> None:
+        self._page = page
+
+    async def look(self, after: int) -> None:
+        """Note what comes from now on, until `after` pictures after the first sound."""
+        await self._page.evaluate("(after) => window.look(after)", after)
+
+    async def shown(self) -> Shown:
+        """What was noted, once it is complete."""
+        while not await self._page.evaluate("window.seen.heard !== null && window.seen.after <= 0"):
+            await asyncio.sleep(_POLL_S)
+        ahead_s = await self._ahead_s()
+        told = await self._page.evaluate("window.told()")
+        pictures = [(at_ms / 1e3 + ahead_s, _grey(text, width)) for at_ms, text, width in told["pictures"]]
+        return Shown(told["heard"] / 1e3 + ahead_s, pictures)
+
+    async def _ahead_s(self) -> float:
+        """How far this process's clock is ahead of the page's, by the fastest of some questions."""
+        asked = []
+        for _ in range(10):
+            began_s = time.monotonic()
+            now_ms = await self._page.evaluate("performance.now()")
+            ended_s = time.monotonic()
+            asked.append((ended_s - began_s, (began_s + ended_s) / 2 - now_ms / 1e3))
+        return min(asked)[1]
+
+
+@asynccontextmanager
+async def browser_viewer(room: Room) -> AsyncIterator[BrowserViewer]:
+    """A Chromium that watches `room` by WebRTC on loopback.
+
+    Raises:
+        UsageError: the extra browser or a Chromium is missing.
+    """
+    try:
+        from playwright.async_api import Error, async_playwright
+    except ModuleNotFoundError as error:
+        raise UsageError("A browser is driven by playwright: pip install 'beavervision[browser]'.") from error
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    async with async_playwright() as driver:
+        try:
+            browser = await driver.chromium.launch(executable_path=chromium, args=_ARGUMENTS)
+        except Error as error:
+            raise UsageError(f"No Chromium starts ({error.message.splitlines()[0]}). Install chromium.") from error
+        try:
+            page = await browser.new_page()
+            _, answer = await room.play(await page.evaluate(_PAGE), loopback=True)
+            await page.evaluate("(sdp) => window.pc.setRemoteDescription({ type: 'answer', sdp })", answer)
+            while await page.evaluate("window.seen.pictures.length") < 2:
+                await asyncio.sleep(_POLL_S)
+            await page.evaluate("window.listen()")
+            yield BrowserViewer(page)
+        finally:
+            await browser.close()
+
+
+def _grey(text: str, width: int) -> Picture:
+    y = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, width)
+    neutral = np.full((y.shape[0] // 2, width // 2), 128, np.uint8)
+    return Picture(y, neutral, neutral)
