@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from beavervision.speech import SpeechChunk
 
 _TEXT_BYTES = 1 << 20  # of a text file; a voice refuses less
+_FILE_COLUMNS = 160  # of a table that no terminal shows
 _LINE_S = 10  # between two lines of progress where there is no terminal
 _SIGPIPE_EXIT = 128 + 13
 # Its base class for wrong options, whichever version of click it brings.
@@ -893,7 +894,8 @@ def _show(as_json: bool, document: Mapping[str, Any], human: Sequence[str] | Ren
     else:
         from rich.console import Console
 
-        Console().print(human)
+        wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        Console(width=_FILE_COLUMNS if wide else None).print(human)
 
 
 def _told_of(report: Report) -> list[str]:
