@@ -15,7 +15,7 @@ from beavervision.models.face import FaceNets
 from beavervision.speech import speak
 from beavervision.stages.detect import FaceChoice, survey
 from beavervision.stages.hear import LOG_MEL, Resampler
-from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
+from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _topology, profile_of
 from tests.faces import portrait
 
 RATE = Fraction(25)
@@ -158,3 +158,22 @@ def test_both_engines_compute_the_same() -> None:
     for name, given in (("motion", rows), ("painter", crops)):
         (one,), (other,) = (net(name, "cpu", 1)(given) for net in (onnx_net, torch_net))
         assert np.abs(one - other).max() < 1e-4
+
+
+@pytest.mark.parametrize("yaw_deg", [0, 30, 60])
+def test_no_triangle_that_a_turned_head_hides_is_drawn(yaw_deg: float) -> None:
+    """On the far side of a turned head the mesh folds over itself: there the nearer of two triangles must be the one drawn."""
+    topology = _topology(_LOWER_POINTS)
+    turn = np.radians(yaw_deg)
+    rotation = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
+    head = mesh.canonical() @ rotation.T * 100
+    points = np.zeros((int(topology.triangles.max()) + 1, 2), np.float32)
+    points[: len(head)] = head[:, :2]
+    drawn, opening = topology.facing(points, points)
+    of_mesh = drawn[(drawn < len(head)).all(axis=1)]
+    a, b, c = (head[of_mesh[:, i]] for i in range(3))
+    assert (np.cross(b - a, c - a)[:, 2] < 0).all(), "a triangle looks away from the camera"
+    hidden = len(topology.triangles) - len(drawn)
+    assert hidden < 15 if yaw_deg == 0 else hidden > 30
+    assert len(drawn) - len(of_mesh) == topology.ring
+    assert len(opening.side) == len(drawn)
