@@ -24,13 +24,16 @@ _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gestur
 _KEPT = 60  # pictures
 _POLL_S = 0.05
 
-# `look(n)` begins to note: when sound was heard first, and every picture until `n` after that, in grey, with the time at which
-# it is to be seen. Times are those of performance.now(), in ms.
+# `look(n)` begins to note: when sound was heard first, and the pictures until `n` after that, in grey, each with the time at
+# which it is to be seen; the first of them and the last are kept. Times are those of performance.now(), in ms.
 _PAGE = """async () => {
   const video = document.body.appendChild(document.createElement("video"));
   video.autoplay = true;
   const pc = (window.pc = new RTCPeerConnection());
-  pc.ontrack = ({ streams: [stream] }) => { video.srcObject = stream; };
+  pc.ontrack = ({ receiver, streams: [stream] }) => {
+    receiver.jitterBufferTarget = 0; // as the live page does
+    video.srcObject = stream;
+  };
   for (const kind of ["video", "audio"]) pc.addTransceiver(kind, { direction: "recvonly" });
   await pc.setLocalDescription(await pc.createOffer());
   while (pc.iceGatheringState !== "complete") await new Promise((go) => setTimeout(go, 20));
@@ -47,7 +50,7 @@ _PAGE = """async () => {
       const grey = new Uint8Array(width * height);
       for (let i = 0; i < grey.length; i++) grey[i] = (77 * data[4 * i] + 150 * data[4 * i + 1] + 29 * data[4 * i + 2]) >> 8;
       seen.pictures.push([expectedDisplayTime, grey, width]);
-      if (seen.pictures.length > KEPT) seen.pictures.shift();
+      if (seen.pictures.length > KEPT) seen.pictures.splice(1, 1);
       if (seen.heard !== null) seen.after -= 1;
     }
     video.requestVideoFrameCallback(shown);
@@ -91,8 +94,10 @@ class BrowserViewer:
         self._page = page
 
     async def look(self, after: int) -> None:
-        """Note what comes from now on, until `after` pictures after the first sound."""
+        """Note what comes from now on, until `after` pictures after the first sound; returns when the first picture is there."""
         await self._page.evaluate("(after) => window.look(after)", after)
+        while not await self._page.evaluate("window.seen.pictures.length"):
+            await asyncio.sleep(_POLL_S)
 
     async def shown(self) -> Shown:
         """What was noted, once it is complete."""

@@ -40,7 +40,10 @@ async function watchByWebRtc(media) {
   try {
     for (const kind of ["video", "audio"]) connection.addTransceiver(kind, { direction: "recvonly" });
     const stream = new MediaStream();
-    connection.addEventListener("track", ({ track }) => stream.addTrack(track));
+    connection.addEventListener("track", ({ track, receiver }) => {
+      receiver.jitterBufferTarget = 0; // ms: no longer than the network makes necessary
+      stream.addTrack(track);
+    });
     address = await negotiate(connection, media.whep);
     screen.srcObject = stream;
     await within(CONNECT_MS, firstPicture());
