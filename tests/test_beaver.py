@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
@@ -9,7 +10,7 @@ import pytest
 
 from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Heard, Picture, Profile, Reference
 from beavervision.models import mesh
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, load, onnx_net, torch_net
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, Equaliser, load, onnx_net, torch_net
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.speech import speak
@@ -93,6 +94,40 @@ def test_the_same_motion_however_the_clips_are_cut() -> None:
     _, eights = draw(clips(rows, 40))
     _, threes = draw(clips(rows, 40, block=3))
     assert np.allclose(eights, threes, atol=1e-4)
+
+
+def test_the_same_motion_whether_clips_hear_all_of_the_sound_or_their_own_surroundings() -> None:
+    rows = speech_rows()
+
+    def surroundings() -> Iterator[Clip]:
+        for clip in clips(rows, 40):
+            assert clip.heard is not None
+            first, stop = 4 * clip.frames.start - LEFT_ROWS - 2, 4 * clip.frames.stop + 16
+            heard = clip.heard
+            yield replace(
+                clip, heard=replace(heard, rows=heard.rows[first - heard.start : stop - heard.start], start=first)
+            )
+
+    _, all_of_it = draw(clips(rows, 40))
+    _, near = draw(surroundings())
+    assert np.allclose(all_of_it, near, atol=1e-4)
+
+
+def test_the_equaliser_takes_out_what_a_microphone_adds() -> None:
+    rows = np.tile(speech_rows(), (4, 1))
+    colour = np.linspace(1.5, -2.5, rows.shape[1]).astype(np.float32)
+    even, uneven = Equaliser().push(rows), Equaliser().push(np.maximum(rows + colour, SILENCE))
+    late, loud = slice(3 * len(rows) // 4, None), rows.min(axis=1)[3 * len(rows) // 4 :] > SILENCE + 3
+    before, after = np.abs(colour).mean(), np.abs(uneven[late][loud] - even[late][loud]).mean()
+    assert after < 0.5 * before
+    silence = np.full((50, 64), SILENCE, np.float32)
+    assert np.allclose(Equaliser().push(silence), silence, atol=1e-3)
+
+
+def test_the_equaliser_does_not_mind_how_rows_come() -> None:
+    rows, ear = speech_rows(), Equaliser()
+    parts = np.concatenate([ear.push(rows[:7]), ear.push(rows[7:7]), ear.push(rows[7:])])
+    assert np.allclose(parts, Equaliser().push(rows), atol=1e-5)
 
 
 def test_a_face_of_no_strength_is_left_alone() -> None:

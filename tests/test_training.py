@@ -67,6 +67,7 @@ def basis(data: Path) -> MotionBasis:
 
 
 def test_a_step_hears_no_further_than_declared() -> None:
+    torch.manual_seed(0)
     net = MotionNet(3, channels=8).eval()
     steps = 4
     rows = torch.randn(1, MEL_PER_STEP * steps + net.extra_rows, 64)
@@ -139,7 +140,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBas
         weights / "motion.pt",
     )
     assert motions[0].lag_s == 0.02
-    found = motion.figures(net, motions[2:], spoken, basis)
+    found = motion.figures(net, motions[2:], spoken, basis, motion.usual_mouth(motions[:2]))
     assert found.clips == 1
     assert -1 <= found.gap <= 1
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from beavervision.media import F32
 from beavervision.models import mesh
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
+from beavervision.models.beaver import Equaliser
 from beavervision.models.sync import SOUND_RMS
 from beavervision.stages.hear import LOG_MEL
 
@@ -61,7 +62,8 @@ class Motion:
     """The lower face of one clip in the pose-free frame, against the mouth at rest.
 
     times_s (t,) is the pictures' own clock; sound of the moment is heard `lag_s` later. moved (t, n, 3) are
-    displacements of :data:`LOWER`. pcm (samples,) is the sound at 16 kHz, rows (r, 64) its log-mel.
+    displacements of :data:`LOWER`. pcm (samples,) is the sound at 16 kHz, rows (r, 64) its log-mel,
+    even (r, 64) the same equalised, as the motion network hears it.
     """
 
     row: Row
@@ -73,6 +75,7 @@ class Motion:
     gap: F32
     pcm: F32
     rows: F32
+    even: F32
     lag_s: float
     coefficients: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
@@ -112,7 +115,9 @@ def load_motion(row: Row, data: Path) -> Motion | None:
     rest = faces[usable & (gap <= np.quantile(gap[usable], REST_SHARE))].mean(axis=0)
     pcm *= SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4)
     frontal = abs(float(np.median(yaw[tracked]))) <= _FRONTAL_DEG
-    return Motion(row, times, tracked, frontal, rest, faces - rest, gap, pcm, LOG_MEL.rows(pcm), row.lag_s)
+    rows = LOG_MEL.rows(pcm)
+    even = Equaliser().push(rows)
+    return Motion(row, times, tracked, frontal, rest, faces - rest, gap, pcm, rows, even, row.lag_s)
 
 
 def load_all(data: Path, basis: MotionBasis | None = None) -> list[Motion]:

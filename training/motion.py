@@ -22,7 +22,7 @@ from torch.nn import functional
 from beavervision.media import F32
 from beavervision.models.basis import MotionBasis
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP
-from beavervision.models.nets.beaver import MEL_PER_STEP, MotionNet
+from beavervision.models.nets.beaver import MEL_PER_STEP, MotionNet, MotionPair
 from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padded_rows
 from training.lessons import COMPONENTS, Lesson, read_lessons, voice_name
 from training.voices import Spoken, Viseme, load
@@ -86,7 +86,7 @@ class Examples:
     def _clip(motion: Motion, lesson: Lesson) -> tuple[F32, F32, F32]:
         motion.lag_s = lesson.lag_s
         target, weight = motion.targets()
-        return motion.rows, np.concatenate([target, _joined(lesson, len(target))], axis=1), weight
+        return motion.even, np.concatenate([target, _joined(lesson, len(target))], axis=1), weight
 
     def _rows(self, rows: F32, step: float, tempo: float) -> F32:
         net = self._net
@@ -265,6 +265,7 @@ class Options:
     batch: int = 12
     synthetic: int = 8
     channels: int = 160
+    hidden: int | None = None
     dropout: float = 0.1
     rate: float = 2e-3
     decay: float = 0.05
@@ -278,7 +279,7 @@ class Student(nn.Module):
 
     def __init__(self, options: Options) -> None:
         super().__init__()
-        self.net = MotionNet(BASIS_SIZE, channels=options.channels, dropout=options.dropout)
+        self.net = MotionNet(BASIS_SIZE, channels=options.channels, dropout=options.dropout, hidden=options.hidden)
         self.viseme = nn.Conv1d(options.channels, len(Viseme), 1)
         self.features = nn.Conv1d(options.channels, COMPONENTS, 1)
 
@@ -305,7 +306,8 @@ def train(
     readout = Readout.of(basis)
     student, average = Student(options), Student(options)
     if start is not None:
-        student.net.load_state_dict(torch.load(start, map_location="cpu", weights_only=True))
+        known = torch.load(start, map_location="cpu", weights_only=True)
+        student.net.load_state_dict(known if options.hidden is None else narrowed(known, options.hidden))
     average.load_state_dict(student.state_dict())
     average.eval()
     examples = Examples(motions, voices, lessons, student.net, rng)
@@ -347,6 +349,23 @@ def train(
     return average.net
 
 
+def narrowed(state: dict[str, Tensor], hidden: int) -> dict[str, Tensor]:
+    """The weights of a network with only the `hidden` strongest channels within each block."""
+    out = dict(state)
+    for block in (k.removesuffix("wide.bias") for k in state if k.endswith("wide.bias")):
+        wide, point = state[f"{block}wide.weight"], state[f"{block}point.weight"]
+        strength = wide.flatten(1).norm(dim=1) * point[:, :, 0].norm(dim=0)
+        kept = strength.argsort(descending=True)[:hidden].sort().values
+        out |= {f"{block}wide.weight": wide[kept], f"{block}wide.bias": state[f"{block}wide.bias"][kept]}
+        out[f"{block}point.weight"] = point[:, kept]
+    return out
+
+
+def middle(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of two networks' weights."""
+    return {k: (v + other[k]) / 2 if v.dtype.is_floating_point else v for k, v in one.items()}
+
+
 def _follow(average: nn.Module, student: nn.Module, keep: float) -> None:
     with torch.no_grad():
         for a, s in zip(average.state_dict().values(), student.state_dict().values(), strict=True):
@@ -356,7 +375,7 @@ def _follow(average: nn.Module, student: nn.Module, keep: float) -> None:
                 a.copy_(s)
 
 
-def predict(net: MotionNet, rows: F32) -> F32:
+def predict(net: MotionNet | MotionPair, rows: F32) -> F32:
     """Coefficients (n, k) for each 20 ms of all the rows of a clip."""
     steps = len(rows) // MEL_PER_STEP
     context = padded_rows(rows, -net.left_rows, steps * MEL_PER_STEP + net.extra_rows)
@@ -408,7 +427,7 @@ def gain(net: MotionNet, motions: list[Motion], readout: Readout) -> float:
         target, weight = motion.targets()
         used = weight > 0.1
         if used.sum() > 50:
-            out = predict(net, motion.rows)[used] @ readout.gap.numpy()
+            out = predict(net, motion.even)[used] @ readout.gap.numpy()
             ratios.append(float((target[used] @ readout.gap.numpy()).std() / max(out.std(), 1e-6)))
     return float(np.clip(np.median(ratios), 1.0, 1.6)) if ratios else 1.0
 
@@ -426,6 +445,7 @@ class Figures:
     lag_within_frame: float
     spread: float  # deviation of the opening against the truth's
     lip_distance: float  # mean lip point distance against that of the clip's own mean mouth
+    lip_distance_usual: float  # the same against the mean mouth of the people learned from
     control_gap: float
     control_width: float
     closed: float  # share of synthetic p b m with a gap under 15 % of the clip's range within the phone +- 40 ms
@@ -433,13 +453,24 @@ class Figures:
     silence: float  # motion in silence against that in speech
 
 
-def figures(net: MotionNet, motions: list[Motion], voices: list[Spoken], basis: MotionBasis) -> Figures:
+def usual_mouth(motions: list[Motion]) -> F32:
+    """The mean coefficients (k,) of all clips, each counting alike."""
+    told = [m.targets() for m in motions]
+    return np.asarray(np.mean([(t * w[:, None]).sum(axis=0) / w.sum() for t, w in told], axis=0), np.float32)
+
+
+def figures(
+    net: MotionNet | MotionPair, motions: list[Motion], voices: list[Spoken], basis: MotionBasis, usual: F32
+) -> Figures:
+    """`usual` (k,) is the mean mouth of the people learned from."""
     readout = Readout.of(basis)
     rows = readout.gap.numpy(), readout.width.numpy()
     where = {int(p): i for i, p in enumerate(basis.points)}
     lips = basis.shapes[:, [where[int(p)] for p in np.concatenate([INNER_LIP, OUTER_LIP])], :2]
-    outs = [predict(net, m.rows) for m in motions]
-    found: dict[str, list[float]] = {k: [] for k in ("gap", "width", "lag", "spread", "lip", "c_gap", "c_width")}
+    outs = [predict(net, m.even) for m in motions]
+    found: dict[str, list[float]] = {
+        k: [] for k in ("gap", "width", "lag", "spread", "lip", "lip_usual", "c_gap", "c_width")
+    }
     for i, motion in enumerate(motions):
         target, weight = motion.targets()
         used = weight > 0.1
@@ -449,19 +480,21 @@ def figures(net: MotionNet, motions: list[Motion], voices: list[Spoken], basis: 
             found[f"c_{key}"].append(float(np.corrcoef((other @ value)[used], (target @ value)[used])[0, 1]))
         found["lag"].append(float(np.argmax(correlations(out @ rows[0], target @ rows[0], weight, 20)) - 20))
         found["spread"].append(float((out @ rows[0])[used].std() / (target @ rows[0])[used].std()))
-        mean = target[used].mean(axis=0)
-        miss = np.linalg.norm(np.tensordot(out[used] - target[used], lips, axes=1), axis=-1).mean()
-        still_miss = np.linalg.norm(np.tensordot(mean - target[used], lips, axes=1), axis=-1).mean()
-        found["lip"].append(float(miss / still_miss))
+        miss, own_miss, usual_miss = (
+            np.linalg.norm(np.tensordot(told - target[used], lips, axes=1), axis=-1).mean()
+            for told in (out[used], target[used].mean(axis=0), usual)
+        )
+        found["lip"].append(float(miss / own_miss))
+        found["lip_usual"].append(float(miss / usual_miss))
     closed, opened, quiet = _articulation(net, voices, readout)
     middle = {k: float(np.nanmedian(v)) for k, v in found.items()}
     return Figures(
         len(motions), middle["gap"], middle["width"], float(np.mean(np.abs(found["lag"]) <= 2)), middle["spread"],
-        middle["lip"], middle["c_gap"], middle["c_width"], closed, opened, quiet,
+        middle["lip"], middle["lip_usual"], middle["c_gap"], middle["c_width"], closed, opened, quiet,
     )  # fmt: skip
 
 
-def _articulation(net: MotionNet, voices: list[Spoken], readout: Readout) -> tuple[float, float, float]:
+def _articulation(net: MotionNet | MotionPair, voices: list[Spoken], readout: Readout) -> tuple[float, float, float]:
     closed, opened, quiet = [], [], []
     for spoken in voices:
         out = predict(net, spoken.rows)
@@ -493,11 +526,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("work/data"), help="packed clips and voices")
     parser.add_argument("--weights", type=Path, default=Path("work/weights"))
     parser.add_argument("--name", default="motion", help="of the weights file")
+    parser.add_argument("--second", help="evaluate: the weights file to hear with it as a pair")
     parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument(
+        "--middle", action="store_true", help="save the mean of the weights of --start and of those learned"
+    )
     parser.add_argument("--iterations", type=int, default=usual.iterations)
     parser.add_argument("--rate", type=float, default=usual.rate, help="of learning, at its highest")
     parser.add_argument("--decay", type=float, default=usual.decay, help="of the weights")
     parser.add_argument("--channels", type=int, default=usual.channels)
+    parser.add_argument("--hidden", type=int, help="channels within a block, if not as many")
     parser.add_argument("--dropout", type=float, default=usual.dropout)
     parser.add_argument("--articulation", type=float, default=usual.articulation)
     parser.add_argument("--taught", type=float, default=usual.taught, help="how much the teacher counts")
@@ -507,6 +545,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a small network, a few iterations")
     args = parser.parse_args()
+    if args.middle and args.start is None:
+        parser.error("--middle needs --start, the other weights of the mean.")
     torch.set_num_threads(args.threads)
     basis_path, weights_path = args.weights / "beaver_basis.npz", args.weights / f"{args.name}.pt"
     if args.step == "basis":
@@ -519,7 +559,8 @@ def main() -> None:
     if args.step == "train":
         options = Options(
             iterations=6 if args.smoke else args.iterations,
-            channels=32 if args.smoke else args.channels,
+            channels=32 if args.smoke and args.start is None else args.channels,
+            hidden=args.hidden,
             dropout=args.dropout,
             articulation=args.articulation,
             taught=args.taught,
@@ -536,20 +577,24 @@ def main() -> None:
         state = net.state_dict()
         for key in ("head.2.weight", "head.2.bias"):
             state[key].mul_(amount)
+        if args.middle:
+            known = torch.load(args.start, map_location="cpu", weights_only=True)
+            state = middle(state, known if args.hidden is None else narrowed(known, args.hidden))
         torch.save(state, weights_path)
         print(f"gain {amount:.2f}")
-    net = load_net(weights_path)
+    heard_net: MotionNet | MotionPair = load_net(weights_path)
+    if args.second is not None:
+        second = load_net(args.weights / f"{args.second}.pt")
+        heard_net = MotionPair(load_net(weights_path), second, Readout.of(basis).gap).eval()
     unmet = [m for m in motions if m.row.split == "validate" and m.row.seconds > 2 and m.targets()[1].sum() > 25]
-    result = asdict(figures(net, unmet, voices[:held], basis))
+    result = asdict(figures(heard_net, unmet, voices[:held], basis, usual_mouth(trained)))
     print(json.dumps({k: round(v, 3) if np.isfinite(v) else None for k, v in result.items()}))
 
 
 def load_net(path: Path) -> MotionNet:
     """The network of a weights file, of the size that its tensors tell."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    net = MotionNet(len(state["head.2.bias"]), channels=len(state["stem.bias"]))
-    net.load_state_dict(state)
-    return net.eval()
+    return MotionNet.of(state).eval()
 
 
 if __name__ == "__main__":

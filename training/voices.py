@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from beavervision.errors import BeaverVisionError
 from beavervision.media import F32
+from beavervision.models.beaver import Equaliser
 from beavervision.speech import Phone, Speaker
 from beavervision.stages.hear import LOG_MEL, RATE_HZ, Resampler
 from training.clips import STEP_S
@@ -75,7 +76,7 @@ Oh!
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spoken:
-    """One sentence: its sound (samples,) at 16 kHz, log-mel rows (r, 64), the class of each 20 ms step (n,), and its weight (n,).
+    """One sentence: its sound (samples,) at 16 kHz, its equalised log-mel rows (r, 64), and each step's class and weight (n,).
 
     A step at the edge of a phone counts less than one in its middle.
     """
@@ -128,7 +129,7 @@ def speak_many(count: int, seed: int) -> list[Spoken]:
         pcm = np.concatenate([*(resampler.push(c.audio.pcm) for c in chunks), resampler.end()])
         edge = np.zeros(int(_EDGE_MS / 1000 * RATE_HZ))
         pcm = np.concatenate([edge, pcm * _RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
-        rows = LOG_MEL.rows(pcm)
+        rows = Equaliser().push(LOG_MEL.rows(pcm))
         phones = tuple(p for c in chunks for p in c.phones)
         out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
         if len(out) == count:
@@ -153,7 +154,9 @@ def load(path: Path) -> list[Spoken]:
         pieces = np.split(raw["pcm"].astype(np.float32) / 32768, samples)
         classes = np.split(raw["classes"].astype(np.int64), steps)
         centred = np.split(raw["centred"].astype(np.float32), steps)
-    return [Spoken(p, LOG_MEL.rows(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
+    return [
+        Spoken(p, Equaliser().push(LOG_MEL.rows(p)), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)
+    ]
 
 
 def main() -> None:

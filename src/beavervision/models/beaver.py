@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from beavervision.errors import ModelError
-from beavervision.media import Net
+from beavervision.media import F32, Net
 from beavervision.models.basis import MotionBasis
 from beavervision.models.cards import BEAVER, Timing, load_data
 from beavervision.models.runtime import OnnxNet
@@ -13,6 +15,40 @@ from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 
 # The motion net's context, in log-mel rows: before a step's own row, and all rows beyond two for each step.
 LEFT_ROWS, EXTRA_ROWS = 79, 90
+SILENT_ROW = float(np.log(1e-5))  # a log-mel row of digital silence
+
+
+# The long-time spectrum of speech that the motion net expects, at some of the 64 bins, and how it is estimated.
+_USUAL_BINS, _USUAL = (0, 12, 20, 28, 48, 56, 63), (-0.9, -1.5, -3.7, -4.4, -4.4, -5.5, -6.6)
+_LOUD_BELOW = 2.0  # a row counts if its mean lies less than about so far below the usual one
+_TRUST_ROWS = 100.0  # for how many rows the usual spectrum counts itself
+_SMOOTH_BINS = 6.0
+
+
+class Equaliser:
+    """Takes the colour and level of a microphone and a room out of log-mel rows, as far as the past tells them.
+
+    What the loud rows so far differ by from the usual spectrum of speech, smoothed over the bins, is subtracted. Each row
+    depends on itself and those before it alone, so the sound may come in any pieces.
+    """
+
+    def __init__(self, bins: int = 64) -> None:
+        self._usual = np.interp(np.arange(bins), _USUAL_BINS, _USUAL)
+        away = np.subtract.outer(np.arange(bins), np.arange(bins))
+        spread = np.exp(-0.5 * (away / _SMOOTH_BINS) ** 2)
+        self._smooth = spread / spread.sum(axis=1, keepdims=True)
+        self._sum, self._count = np.zeros(bins), _TRUST_ROWS
+
+    def push(self, rows: F32) -> F32:
+        """The next rows (t, bins), equalised."""
+        loud = rows.mean(axis=1) - (self._usual.mean() - _LOUD_BELOW)
+        weight = 1 / (1 + np.exp(-2 * loud.astype(np.float64)))[:, None]
+        total = self._sum + np.cumsum((rows - self._usual) * weight, axis=0)
+        count = self._count + np.cumsum(weight)
+        if len(rows):
+            self._sum, self._count = total[-1], float(count[-1])
+        even = rows - (total / count[:, None]) @ self._smooth.T
+        return np.asarray(np.maximum(even, SILENT_ROW), np.float32)
 
 
 @dataclass(frozen=True, slots=True)

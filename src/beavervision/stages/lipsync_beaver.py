@@ -34,7 +34,7 @@ from beavervision.media import (
 )
 from beavervision.models import mesh
 from beavervision.models.basis import GAP_STD, REST_SHARE, MotionBasis
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Equaliser
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.warp import Opening, triangle_flow, warped
 
@@ -50,6 +50,23 @@ _PAINT_SIZE = (96, 80)
 _PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
 _LOWER_MIDDLE = slice(14, 17)  # of mesh.INNER_LIP
 _MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is painted
+
+
+class _Ear:
+    """The rows of consecutive clips, equalised once each however far the clips overlap in what they hear."""
+
+    def __init__(self) -> None:
+        self._equaliser = Equaliser()
+        self._rows: F32 | None = None
+        self._stop = 0
+
+    def equalised(self, heard: Heard) -> Heard:
+        fresh = self._equaliser.push(
+            heard.rows if self._rows is None else heard.rows[max(self._stop - heard.start, 0) :]
+        )
+        rows = fresh if self._rows is None else np.concatenate([self._rows, fresh])[-len(heard.rows) :]
+        self._rows, self._stop = rows, heard.start + len(rows)
+        return replace(heard, rows=rows)
 
 
 class BeaverSync:
@@ -69,7 +86,7 @@ class BeaverSync:
         self._reference = _ReferenceMouth.of(profile.references)
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        gate = 0.0
+        gate, ear = 0.0, _Ear()
         for clip in clips:
             if clip.heard is None or clip.track is None:
                 raise ValueError("lip sync needs clips that were heard and tracked")
@@ -79,7 +96,7 @@ class BeaverSync:
                 pace = _GATE_OPEN_S if voice > 0.5 else _GATE_CLOSE_S
                 gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
-            motion = self._hear(clip.heard, clip.frames.start, len(clip), rate)
+            motion = self._hear(ear.equalised(clip.heard), clip.frames.start, len(clip), rate)
             yield self.draw(clip, motion * (self._profile.amplitude * gates[:, None]))
 
     def _hear(self, heard: Heard, start: int, count: int, rate: Fraction) -> F32:

@@ -31,12 +31,20 @@ class MotionNet(nn.Module):
         channels: int = 160,
         dilations: tuple[int, ...] = (1, 2, 4, 8, 4, 2, 1),
         dropout: float = 0.0,
+        hidden: int | None = None,  # channels within a block; None: as many as `channels`
     ) -> None:
         super().__init__()
         self.stem = nn.Conv1d(MEL_BINS, channels, 4, stride=MEL_PER_STEP)
-        self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in dilations)
+        self.blocks = nn.ModuleList(_Block(channels, hidden or channels, d, dropout) for d in dilations)
         self.head = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.GELU(), nn.Conv1d(channels, outputs, 1))
         self.context_steps = 2 * sum(dilations)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> MotionNet:
+        """The network that fits the tensors of a saved one."""
+        net = cls(len(state["head.2.bias"]), len(state["stem.bias"]), hidden=len(state["blocks.0.wide.bias"]))
+        net.load_state_dict(dict(state))
+        return net
 
     @property
     def extra_rows(self) -> int:
@@ -60,7 +68,7 @@ class MotionNet(nn.Module):
         return out.transpose(1, 2)
 
 
-CLOSED_GAP = 0.05  # eye distances of inner lip gap below which the first of a pair is trusted more and more
+CLOSED_GAP = 0.02  # eye distances of inner lip gap below which the first of a pair is trusted more and more
 
 
 class MotionPair(nn.Module):
@@ -80,10 +88,21 @@ class MotionPair(nn.Module):
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> MotionPair:
         """The pair that fits the tensors of a saved one."""
-        nets = [MotionNet(len(state[f"{n}.head.2.bias"]), len(state[f"{n}.stem.bias"])) for n in ("first", "second")]
-        pair = cls(nets[0], nets[1], state["gap"])
-        pair.load_state_dict(dict(state))
-        return pair
+        nets = [
+            MotionNet.of({k.removeprefix(n): v for k, v in state.items() if k.startswith(n)})
+            for n in ("first.", "second.")
+        ]
+        return cls(nets[0], nets[1], state["gap"])
+
+    @property
+    def extra_rows(self) -> int:
+        """As of :class:`MotionNet`."""
+        return self.first.extra_rows
+
+    @property
+    def left_rows(self) -> int:
+        """As of :class:`MotionNet`."""
+        return self.first.left_rows
 
     def forward(self, rows: Tensor) -> Tensor:
         first: Tensor = self.first(rows)
@@ -93,13 +112,13 @@ class MotionPair(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, dilation: int, dropout: float) -> None:
+    def __init__(self, channels: int, hidden: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.BatchNorm1d(channels)
-        self.wide = nn.Conv1d(channels, channels, 3, dilation=dilation)
-        self.point = nn.Conv1d(channels, channels, 1)
+        self.wide = nn.Conv1d(channels, hidden, 3, dilation=dilation)
+        self.point = nn.Conv1d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.point(nn.functional.gelu(self.wide(self.dropout(nn.functional.gelu(self.norm(x))))))
