@@ -1,7 +1,7 @@
 """A look at hostile media, in a child process with limits on its memory, its time and what it may write.
 
 What kills the child, kills nothing else. Loading the media libraries takes half a second, so that a process of its own
-does it once (``python -m beavervision.serve.guard``) and forks a child for every look.
+does it once (``python -m beavervision.serve.guard``) and forks a child for every look, one ahead: it waits for its task.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def _look(task: dict[str, Any]) -> None:
             raise MediaError(
                 f"The video has {float(info.rate):.0f} pictures a second; {_RATE} are allowed. Convert it."
             )
-        next(iter(Decode(1, extend="none")(info)), None)
+        if info.kind == "video":  # of a still `probe` has decoded everything
+            next(iter(Decode(1, extend="none")(info)), None)
     if task["audio"] is not None:
         sound = audio_info(task["audio"])
         duration = sound.duration or length(task["audio"])
@@ -181,14 +182,20 @@ def _answer(connection: socket.socket) -> None:
     connection.sendall(json.dumps(answer).encode())
 
 
-def _child(connection: socket.socket) -> NoReturn:
+def _child(control: socket.socket, taken: int) -> NoReturn:
+    """Wait for a task, say so through `taken`, look, and end."""
     try:
-        os.close(0)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the libraries say of bad media
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.alarm(_WALL_S)  # nobody catches it: it ends the process
         limit(_MEMORY_BYTES, _CPU_S)
-        _answer(connection)
+        byte, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if byte:
+            os.close(control.detach())
+            os.write(taken, byte)
+            os.close(taken)
+            signal.alarm(_WALL_S)  # nobody catches it: it ends the process
+            with socket.socket(fileno=descriptors[0]) as connection:
+                _answer(connection)
     finally:
         os._exit(0)
 
@@ -207,13 +214,14 @@ def _main() -> None:
     with portrait() as sample:  # what the libraries do once they do now, and not in each child
         _look({"video": str(sample), "audio": None, "side_px": 1 << 20, "seconds": 1e9})
     with socket.socket(fileno=0) as control:
-        while True:
-            byte, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-            if not byte:
-                return
-            with socket.socket(fileno=descriptors[0]) as connection:
-                if os.fork() == 0:
-                    _child(connection)
+        byte = b"x"
+        while byte:  # none: the child ended without a task
+            told, taken = os.pipe()
+            if os.fork() == 0:
+                _child(control, taken)
+            os.close(taken)
+            byte = os.read(told, 1)
+            os.close(told)
 
 
 if __name__ == "__main__":
