@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
@@ -45,6 +46,8 @@ _AFTER = 20  # pictures looked at from the first sound on
 _CHUNK_S = 0.02
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.6  # of silence before the next try
+_FLASH_EVERY, _FLASHES = 12, 16  # pictures from one to the next, and how many of them tell the skew
+_BETWEEN_S = 0.2  # two of them, at least
 _SETTLED_S = 60.0  # from which memory is counted in a long run
 
 Progress = Callable[[str], None]
@@ -82,7 +85,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """A long run of one session."""
+    """A long run of one session. The skew is by how much a beep comes later than its flash at a WebRTC viewer that plays both
+    as they come, its buffer of sound included (median): what the run did to it is the difference.
+    """
 
     minutes: float
     pictures: int
@@ -140,7 +145,8 @@ class LiveReport:
         if (s := self.soak) is not None:
             lines += [
                 f"{s.minutes:g} min: {s.pictures} pictures, {s.dropped_percent:.2f} % dropped, late p95 {s.late_ms.p95:.1f},",
-                f"    memory {s.memory_growth_mb:+.1f} MB, skew {s.skew_start_ms:.1f} ms, then {s.skew_end_ms:.1f} ms",
+                f"    memory {s.memory_growth_mb:+.1f} MB, beep after flash at a viewer {s.skew_start_ms:.1f} ms, at the end "
+                f"{s.skew_end_ms:.1f} ms",
             ]
         return lines
 
@@ -196,8 +202,11 @@ class _Seen(Room):
         super().__init__(session, Terms("bench", None, False, "", None), network, lambda room: None)
         self.moments: asyncio.Queue[tuple[Moment, float]] = asyncio.Queue(1000)
         self.late_s: list[float] = []
+        self.flashing = False
 
     async def _packets(self, moment: Moment) -> list[Coded]:
+        if self.flashing and moment.index % _FLASH_EVERY == 0:
+            moment = _flash(moment)
         packets = await super()._packets(moment)
         now_s = time.monotonic()
         self.late_s.append(now_s - moment.due_s)
@@ -205,6 +214,18 @@ class _Seen(Room):
             self.moments.get_nowait()
         self.moments.put_nowait((moment, now_s))
         return packets
+
+
+def _flash(moment: Moment) -> Moment:
+    """The same, white and with a tone."""
+    white = np.full_like(moment.picture.y, 235)
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(moment.audio.pcm.shape[1]) / AUDIO_HZ)
+    return replace(
+        moment,
+        picture=replace(moment.picture, y=white),
+        audio=replace(moment.audio, pcm=tone[None].astype(np.float32)),
+        fresh=True,
+    )
 
 
 class _Bench:
@@ -398,27 +419,41 @@ class _Bench:
 
     async def _soak(self, minutes: float) -> Soak:
         """One session that speaks and is silent in turn."""
-        async with self._room(self._fps) as room, _drained(room):
-            began_s = time.monotonic()
-            memory_mb = skew_ms = 0.0
-            while (gone_s := time.monotonic() - began_s) < minutes * 60:
-                if not memory_mb and gone_s > min(_SETTLED_S, minutes * 20):
-                    memory_mb, skew_ms = _memory_mb(), room.session.facts()["skew_ms"]
-                    room.late_s.clear()
-                self._told(f"a long run, {gone_s / 60:.1f} of {minutes:g} min")
-                await asyncio.to_thread(room.session.say, _TEXT)
-                await self._still(room)
-            facts = room.session.facts()
-            pictures = facts["pictures"]
+        async with self._room(self._fps) as room:
+            skew_start_s = await self._skew(room)
+            async with _drained(room):
+                began_s = time.monotonic()
+                memory_mb = 0.0
+                while (gone_s := time.monotonic() - began_s) < minutes * 60:
+                    if not memory_mb and gone_s > min(_SETTLED_S, minutes * 20):
+                        memory_mb = _memory_mb()
+                        room.late_s.clear()
+                    self._told(f"a long run, {gone_s / 60:.1f} of {minutes:g} min")
+                    await asyncio.to_thread(room.session.say, _TEXT)
+                    await self._still(room)
+                pictures = room.session.facts()["pictures"]
+                growth_mb, late_s = _memory_mb() - memory_mb, list(room.late_s)
             return Soak(
                 minutes=minutes,
                 pictures=pictures["due"],
                 dropped_percent=round(100 * pictures["dropped"] / max(pictures["due"], 1), 3),
-                memory_growth_mb=round(_memory_mb() - memory_mb, 1),
-                skew_start_ms=skew_ms,
-                skew_end_ms=facts["skew_ms"],
-                late_ms=Spread.of(room.late_s),
+                memory_growth_mb=round(growth_mb, 1),
+                skew_start_ms=round(1e3 * skew_start_s, 1),
+                skew_end_ms=round(1e3 * await self._skew(room), 1),
+                late_ms=Spread.of(late_s),
             )
+
+    async def _skew(self, room: _Seen) -> float:
+        """By how many seconds a beep is later than its flash at a viewer."""
+        self._told("flashing and beeping")
+        room.flashing = True
+        async with _viewer(room) as viewer:
+            async with asyncio.timeout(_PATIENCE_S):
+                while len(viewer.flashes) < _FLASHES or len(viewer.beeps) < _FLASHES:
+                    await room.moments.get()
+        room.flashing = False
+        flashes = viewer.flashes[_FLASHES // 4 : -1]  # a viewer's buffers fill at first
+        return float(np.median([min((beep - at_s for beep in viewer.beeps), key=abs) for at_s in flashes]))
 
 
 class _Viewer:
@@ -428,6 +463,8 @@ class _Viewer:
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.tasks: list[asyncio.Task[None]] = []
         self.noticed = _Noticed()
+        self.flashes: list[float] = []  # when white pictures came,
+        self.beeps: list[float] = []  # and when tones began
 
     def look(self) -> None:
         """Note what comes from now on."""
@@ -439,9 +476,22 @@ class _Viewer:
                 frame = await track.recv()
                 now_s = time.monotonic()
                 if track.kind == "audio":
-                    self.noticed.heard(now_s, frame.to_ndarray() / 32768)
-                elif not self.noticed.complete:
+                    pcm = frame.to_ndarray()[0] / 32768
+                    self.noticed.heard(now_s, pcm)
+                    loud = np.flatnonzero(np.abs(pcm) > 0.2)
+                    begun_s = now_s + (int(loud[0]) / pcm.size * frame.samples / frame.sample_rate if loud.size else 0)
+                    if loud.size and (not self.beeps or begun_s - self.beeps[-1] > _BETWEEN_S):
+                        self.beeps.append(begun_s)
+                    continue
+                if _is_white(frame) and (not self.flashes or now_s - self.flashes[-1] > _BETWEEN_S):
+                    self.flashes.append(now_s)
+                if not self.noticed.complete:
                     self.noticed.saw(now_s, as_picture(frame, (frame.width, frame.height)))
+
+
+def _is_white(frame: av.VideoFrame) -> bool:
+    plane = frame.planes[0]
+    return float(np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:, : frame.width].mean()) > 220
 
 
 class _Noticed:

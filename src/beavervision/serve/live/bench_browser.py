@@ -110,7 +110,7 @@ class BrowserViewer:
 
     async def _ahead_s(self) -> float:
         """How far this process's clock is ahead of the page's, by the fastest of some questions."""
-        asked = []
+        asked: list[tuple[float, float]] = []
         for _ in range(10):
             began_s = time.monotonic()
             now_ms = await self._page.evaluate("performance.now()")
