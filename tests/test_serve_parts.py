@@ -34,6 +34,7 @@ from beavervision.serve.storage import LocalStorage
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
 from tests.media_factory import beeps, make_sound, make_video
+from tests.test_serve import until
 
 LIMITS = Limits(side_px=200, seconds=10)
 
@@ -121,6 +122,26 @@ def test_looks_share_a_process_that_is_started_again_when_it_is_killed(tmp_path:
     first.wait()
     guard.examine(video, None, LIMITS)
     assert guard._process is not first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_child_that_waits_may_die_and_ends_with_the_guard(tmp_path: Path) -> None:
+    def waiting() -> list[int]:
+        assert made._process is not None
+        pid = made._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    made, video = Guard(), make_video(tmp_path / "a.mp4", pictures=3)
+    try:
+        made.examine(video, None, LIMITS)
+        until(lambda: len(waiting()) == 1)
+        os.kill(waiting()[0], signal.SIGKILL)
+        made.examine(video, None, LIMITS)
+        until(lambda: len(waiting()) == 1)
+        (last,) = waiting()
+    finally:
+        made.close()
+    until(lambda: not Path(f"/proc/{last}").exists())
 
 
 def test_a_look_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _MEMORY_BYTES = 3 << 30  # of address space: the libraries take a good half of a
 _CPU_S = 20
 _WALL_S = 40
 _STARTING_S = 60  # more, for a machine that is busy while the libraries are loaded
+_PAUSE_S = 0.1  # before a child is forked in the place of one that died without a task
 _RATE = 240  # pictures a second
 _UNPACKED_BYTES, _UNPACKED_TIMES = 48 << 20, 250  # a larger picture that is packed so densely is there to harm
 _BLOCK_BYTES = 1 << 16  # a task, and an answer, at most
@@ -183,16 +185,16 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _child(control: socket.socket, taken: int) -> NoReturn:
-    """Wait for a task, say so through `taken`, look, and end."""
+    """Wait for a task or the end of the server, say which through `taken`, look, and end."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the libraries say of bad media
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         limit(_MEMORY_BYTES, _CPU_S)
         byte, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        os.close(control.detach())
+        os.write(taken, b"task" if byte else b"over")
+        os.close(taken)
         if byte:
-            os.close(control.detach())
-            os.write(taken, byte)
-            os.close(taken)
             signal.alarm(_WALL_S)  # nobody catches it: it ends the process
             with socket.socket(fileno=descriptors[0]) as connection:
                 _answer(connection)
@@ -214,14 +216,16 @@ def _main() -> None:
     with portrait() as sample:  # what the libraries do once they do now, and not in each child
         _look({"video": str(sample), "audio": None, "side_px": 1 << 20, "seconds": 1e9})
     with socket.socket(fileno=0) as control:
-        byte = b"x"
-        while byte:  # none: the child ended without a task
+        news = b""
+        while news != b"over":
             told, taken = os.pipe()
             if os.fork() == 0:
                 _child(control, taken)
             os.close(taken)
-            byte = os.read(told, 1)
+            news = os.read(told, 4)
             os.close(told)
+            if not news:  # it was killed while it waited: the next one has its place, though not at full speed for ever
+                time.sleep(_PAUSE_S)
 
 
 if __name__ == "__main__":
