@@ -250,7 +250,7 @@ class _Drawing:
     __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "opening", "target")
 
     def __init__(
-        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: F32, target: F32, pose: Pose
+        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: U8, target: F32, pose: Pose
     ) -> None:
         self._region, self._planes, self._color, self._mask, self._hole = region, planes, color, mask, hole
         self.target, self._pose = target, pose
@@ -279,7 +279,7 @@ class _Drawing:
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
-        return float(self._hole.sum()) * (_PAINT_SCALE / self._pose.scale_px) ** 2
+        return cv2.sumElems(self._hole)[0] / 255 * (_PAINT_SCALE / self._pose.scale_px) ** 2
 
     def _to_crop(self) -> F32:
         matrix = _crop_matrix(self._pose)
@@ -291,20 +291,20 @@ class _Drawing:
         lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
         _view(self._planes, self._color, self._to_crop(), layers[:3])
-        layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 0.01] = 0
-        layers[3] = hole
+        layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 2] = 0
+        np.multiply(hole, np.float32(1 / 255), out=layers[3])
         layers[4:8] = reference.layers
         reference.move(lips[_LOWER_MIDDLE].mean(axis=0), layers[8:])
 
     def fill(self, painted: F32) -> None:
         """Lay the painter's (3, 80, 96) into the opening."""
         soft = max(0.6, self._pose.scale_px / 110)
-        x, y, width, height = cv2.boundingRect((self._hole > 0).astype(np.uint8))
+        x, y, width, height = cv2.boundingRect(self._hole)
         reach = round(3 * soft)
         x0, y0 = max(x - reach, 0) // 2 * 2, max(y - reach, 0) // 2 * 2
         x1, y1 = min(x + width + reach, self._hole.shape[1]), min(y + height + reach, self._hole.shape[0])
         x1, y1 = x1 + x1 % 2, y1 + y1 % 2
-        alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1], (0, 0), soft)
+        alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1].astype(np.float32) * np.float32(1 / 255), (0, 0), soft)
         yuv = cv2.transform(np.ascontiguousarray(painted.transpose(1, 2, 0)) * 255, self._color.to_yuv())
         to_crop = self._to_crop()
         to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
@@ -325,14 +325,14 @@ class _Drawing:
         return Patch(self._region, *self._planes, self._mask)
 
 
-def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> F32:
-    """Coverage 0..1 (h, w) of a polygon given in continuous coordinates, moved outwards by `grow_px`."""
+def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> U8:
+    """Coverage 0..255 (h, w) of a polygon given in continuous coordinates, moved outwards by `grow_px`."""
     if grow_px:
         outward = points - points.mean(axis=0)
         points = points + grow_px * outward / (np.linalg.norm(outward, axis=1, keepdims=True) + 1e-6)
     mask = np.zeros((size[1], size[0]), np.uint8)
     cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_AA, shift=4)
-    return mask.astype(np.float32) * np.float32(1 / 255)
+    return mask
 
 
 def _crop_matrix(pose: Pose) -> F32:
@@ -383,7 +383,7 @@ class _ReferenceMouth:
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
         _view(to_planes(reference.rgb, Color()), Color(), local, layers[:3])
-        layers[3] = _polygon(lips, _PAINT_SIZE)
+        np.multiply(_polygon(lips, _PAINT_SIZE), np.float32(1 / 255), out=layers[3])
         return cls(layers, lips[_LOWER_MIDDLE].mean(axis=0))
 
     def move(self, lower_lip: F32, out: F32) -> None:
