@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -215,6 +216,7 @@ class Pipeline:
         script = self._script(expression, expression_track)
         manner = style if style is None else _style(style)
         words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, script, notes.append)
+        sound = _begun(words.blocks())
         alive = info.kind == "still" if alive is None else alive
         expresses = alive or manner is not None or script.anything
         extend: Extend = {"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit]  # type: ignore[assignment]
@@ -240,7 +242,7 @@ class Pipeline:
         def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
             return self._hear()(
                 clips,
-                words.blocks(),
+                sound,
                 background=background,
                 background_level=keep_audio,
                 keep_picture=fit == "keep" and info.kind == "video",  # a still has no length of its own
@@ -643,6 +645,21 @@ _MODELS: dict[str, type[_Beaver]] = {BEAVER.name: _Beaver}
 
 
 # What is said ------------------------------------------------------------------------------------
+
+
+def _begun(blocks: Iterator[Audio]) -> Iterator[Audio]:
+    """`blocks`, the first of which is made from now on in a thread: a voice is loaded while the source is looked at."""
+    making = ThreadPoolExecutor(1, "speech")
+    first = making.submit(next, blocks, None)
+    making.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[Audio]:
+        block = first.result()
+        if block is not None:
+            yield block
+            yield from blocks
+
+    return all_of_them()
 
 
 class _Words:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from beavervision.errors import OutputError, UsageError
-from beavervision.media import U8, Clip, FaceState, Picture, Region, sample_at
+from beavervision.media import U8, Clip, FaceState, Picture, Region, sample_at, to_rgb
 
 _SHEET_TILES = 32
 _TILE_PX = 320
@@ -98,11 +98,15 @@ class Watch:
             self._power.add(first + offset, float(np.vdot(heard, heard)), heard.size)
 
     def _keep(self, number: int, picture: Picture, region: Region | None) -> None:
-        rgb = picture.rgb(region)
-        scale = min(1.0, _TILE_PX / rgb.shape[0])
-        self._tiles.append(
-            (number, np.asarray(cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)))
-        )
+        y, u, v = picture.planes(region or picture.region)
+        scale = min(1.0, _TILE_PX / y.shape[0])
+        half = (max(round(u.shape[1] * scale), 1), max(round(u.shape[0] * scale), 1))
+        size = (2 * half[0], 2 * half[1])
+        small = [
+            np.asarray(cv2.resize(p, to, interpolation=cv2.INTER_AREA), np.uint8)
+            for p, to in ((y, size), (u, half), (v, half))
+        ]
+        self._tiles.append((number, to_rgb(small[0], small[1], small[2], picture.color)))
         if len(self._tiles) > 2 * _SHEET_TILES:
             self._stride *= 2
             self._tiles = [tile for tile in self._tiles if tile[0] % self._stride == 0]
