@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -36,6 +35,7 @@ from beavervision.errors import (
     TextError,
     UsageError,
 )
+from beavervision.files import partial, unwritable, write_json
 from beavervision.settings import Settings
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def lipsync(
             on_progress=told,
         )
     if report is not None:
-        _write_json(report, done.as_dict())
+        write_json(report, done.as_dict())
     _show(as_json, done.as_dict(), _told_of(done))
 
 
@@ -270,7 +270,7 @@ def say(
         "timing": chosen.timing.value,
     }
     if phones is not None:
-        _write_json(phones, {**facts, "phones": made})
+        write_json(phones, {**facts, "phones": made})
     lines = [f"{out}: {facts['seconds']} s, voice {chosen.name} ({chosen.language})"]
     if dropped:
         lines.append(f"Note: the voice cannot say {facts['left_out']!r}; left out.")
@@ -527,7 +527,7 @@ def demo(
 
     with portrait() as face, _progress(quiet) as told:
         done = Pipeline().lipsync(face, video, text=SENTENCE if text is None else text, sheet=sheet, on_progress=told)
-    _write_json(report, done.as_dict())
+    write_json(report, done.as_dict())
     lines = [*_told_of(done), f"The face over the video: {sheet}", f"What was done: {report}"]
     _show(as_json, {**done.as_dict(), "sheet": str(sheet), "report": str(report)}, lines)
 
@@ -975,33 +975,12 @@ def _check_place(path: Path | None) -> None:
         return
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Name a file in it.")
-    trial = _partial(path)
+    trial = partial(path)
     try:
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a file, whole or not at all."""
-    partial = _partial(path)
-    try:
-        try:
-            partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path} cannot be written: {error.strerror}. Check the folder, the rights and the space left.")
+        raise unwritable(path, error) from error
 
 
 class _Pace:

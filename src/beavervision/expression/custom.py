@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from beavervision.errors import InputError, NoFaceError, OutputError, UsageError
 from beavervision.expression.controls import check_name, look_of
 from beavervision.expression.track import read_json
+from beavervision.files import write_json
 from beavervision.media import F32, Face
 from beavervision.models.face import blendshape_names
 
@@ -174,21 +173,3 @@ class ExpressionStore:
             known = ", ".join(custom.name for custom in self.list()) or "none"
             raise UsageError(f"There is no expression of yours called {name!r}. There is: {known}.")
         return path
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a file, whole or not at all, with its folder.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}. Check the folder and the rights.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from beavervision.errors import ModelError, OutputError, TextError, UsageError
+from beavervision.files import whole
 from beavervision.media import F32, Audio
 from beavervision.speech._sound import settled
 from beavervision.speech.base import Engine, Phone, SpeechChunk, Voice
@@ -299,32 +299,20 @@ def write_wav(chunks: Iterable[SpeechChunk], path: Path) -> int:
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     samples = rate_hz = 0
-    try:
-        try:
-            with partial.open("xb") as file:
-                file.write(bytes(_WAV_HEADER.size))
-                for chunk in chunks:
-                    rate_hz = chunk.audio.rate_hz
-                    samples += chunk.audio.samples
-                    if samples > _WAV_SAMPLES:
-                        raise OutputError(f"{path} would pass 4 GiB, the most a WAV file holds. Split the text.")
-                    file.write(np.round(np.clip(chunk.audio.pcm[0], -1, 1) * 32767).astype("<i2").tobytes())
-                size = samples * 2
-                file.seek(0)
-                file.write(
-                    _WAV_HEADER.pack(
-                        b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16, b"data", size
-                    )
-                )
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Check the folder, the rights and the space left."
-        ) from error
+    with whole(path) as part, part.open("xb") as file:
+        file.write(bytes(_WAV_HEADER.size))
+        for chunk in chunks:
+            rate_hz = chunk.audio.rate_hz
+            samples += chunk.audio.samples
+            if samples > _WAV_SAMPLES:
+                raise OutputError(f"{path} would pass 4 GiB, the most a WAV file holds. Split the text.")
+            file.write(np.round(np.clip(chunk.audio.pcm[0], -1, 1) * 32767).astype("<i2").tobytes())
+        size = samples * 2
+        file.seek(0)
+        file.write(
+            _WAV_HEADER.pack(b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16, b"data", size)
+        )
     return samples
 
 

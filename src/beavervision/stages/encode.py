@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from beavervision.errors import OutputError, UsageError
+from beavervision.files import partial
 from beavervision.media import Audio, Clip, Color, Matrix, Picture, Stage
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -63,7 +63,7 @@ def check_output(path: Path | str) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: cannot write {path.suffix or 'a file without suffix'}. Use {', '.join(FORMATS)}.")
-    trial = _part_name(path)
+    trial = partial(path)
     with _translated(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder. Name a file in it.")
@@ -108,7 +108,7 @@ class Encode:
 
     def _write(self, clips: Iterator[Clip], path: Path) -> Iterator[Clip]:
         check_output(path)
-        part = _part_name(path)
+        part = partial(path)
         writer: _Writer | None = None
         try:
             for clip in clips:
@@ -250,10 +250,6 @@ def _sound_frame(audio: Audio, start: int) -> av.AudioFrame:
     frame = av.AudioFrame.from_ndarray(pcm, "fltp", _LAYOUTS[audio.channels])
     frame.rate, frame.pts, frame.time_base = audio.rate_hz, start, Fraction(1, audio.rate_hz)
     return frame
-
-
-def _part_name(path: Path) -> Path:
-    return path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}.part{path.suffix}")
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from beavervision.errors import OutputError, UsageError
+from beavervision.files import whole
 from beavervision.media import U8, Clip, FaceState, Picture, Region, sample_at, to_rgb
 
 _SHEET_TILES = 32
@@ -161,18 +162,10 @@ def write_png(path: Path, rgb: U8) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part.png")
-    try:
-        ok, data = cv2.imencode(".png", rgb[..., ::-1])
-        assert ok
+    ok, data = cv2.imencode(".png", rgb[..., ::-1])
+    assert ok
+    with whole(path) as part:
         part.write_bytes(data.tobytes())
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}. Check the folder, the rights and the space left."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_sheet(path: Path) -> None:
