@@ -68,7 +68,7 @@ class FaceGenerator(avatar.VideoGenerator):
         await self._face.close()
 
 
-class AvatarSession(avatar.AvatarSession):
+class AvatarSession(avatar.AvatarSession[Any]):
     """Gives an agent a face, in the agent's own process.
 
     Args:

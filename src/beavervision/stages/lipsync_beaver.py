@@ -204,16 +204,15 @@ class _Topology:
     opening: Opening
     jaw: npt.NDArray[np.intp]
     used: npt.NDArray[np.intp]  # the points that the triangles have
-    ring: int  # so many of the triangles, the first ones, are the ring's
+    normals: F32  # (t, 3), of the average face's triangles, in the pose-free frame; 0 for the ring's
 
-    def facing(self, source_px: F32, target_px: F32) -> tuple[npt.NDArray[np.intp], Opening]:
-        """The triangles without those of the face that look away from the camera before or after the motion, (n, 2) each.
+    def facing(self, pose: Pose) -> tuple[npt.NDArray[np.intp], Opening]:
+        """The triangles without those that a head so turned hides: they would cover what is before them with pixels from afar.
 
-        Of these no pixel is seen; where a turned head hides them they would cover what is before them with pixels from afar.
+        The average face tells, for in the face's own the lips fold over themselves whenever they close.
         """
-        seen = (_areas(source_px, self.triangles) < 0) & (_areas(target_px, self.triangles) < 0)
-        seen[: self.ring] = True
-        return self.triangles[seen], replace(self.opening, side=self.opening.side[seen])
+        hidden = (self.normals @ pose.rotation[2] > 0) & (self.normals[:, 2] < 0)
+        return self.triangles[~hidden], replace(self.opening, side=self.opening.side[~hidden])
 
 
 @cache
@@ -235,13 +234,9 @@ def _topology(points: tuple[int, ...]) -> _Topology:
     lower = mesh.canonical()[of_mesh, 1].mean(axis=1) > lip_y
     side = np.concatenate([np.full(len(ring), -1), np.zeros(len(opening)), np.where(lower, -1, 1)])
     lips = Opening(mesh.INNER_LIP[:11], mesh.INNER_LIP[[0, *range(19, 9, -1)]], side.astype(np.int8))
-    return _Topology(triangles, lips, jaw, np.unique(triangles), len(ring))
-
-
-def _areas(points: F32, triangles: npt.NDArray[np.intp]) -> F32:
-    """Twice the signed areas (t,) of triangles of points (n, 2); those of the mesh are negative where they face the camera."""
-    a, b, c = (points[triangles[:, i]] for i in range(3))
-    return np.asarray((b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0]), np.float32)
+    a, b, c = (mesh.canonical()[triangles[len(ring) :, i]] for i in range(3))
+    normals = np.concatenate([np.zeros((len(ring), 3)), np.cross(b - a, c - a)]).astype(np.float32)
+    return _Topology(triangles, lips, jaw, np.unique(triangles), normals)
 
 
 class _Drawing:
@@ -271,7 +266,7 @@ class _Drawing:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         size = (region.width_px, region.height_px)
-        flow, mask = triangle_flow(source - origin, target - origin, *topology.facing(source, target), size)
+        flow, mask = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
         planes = warped(picture, region, flow)
         hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
         alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
