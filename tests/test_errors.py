@@ -108,7 +108,7 @@ def test_a_video_without_a_face(cli: Cli, tmp_path: Path, place: Path) -> None:
 
 def test_a_face_that_is_not_there(cli: Cli, place: Path, portrait: Path) -> None:
     ran = cli("lipsync", portrait, "--text", "Hello.", "-o", place / "a.mp4", "--face", "3")
-    refused(ran, 3, "is not there", "1 was seen", "--face")
+    refused(ran, 3, "is not there", "1 was seen", "Choose another face")
     assert not any(place.iterdir())
 
 

@@ -459,7 +459,7 @@ class Pipeline:
                 f"{info.path}: no face was found. Use a picture that shows a face from the front, at least 30 pixels wide."
                 if not seen.faces_seen
                 else f"{info.path}: the face that was asked for is not there, or never seen from the front; "
-                f"{seen.faces_seen} {'was' if seen.faces_seen == 1 else 'were'} seen. Choose another with --face."
+                f"{seen.faces_seen} {'was' if seen.faces_seen == 1 else 'were'} seen. Choose another face."
             )
         return seen
 
