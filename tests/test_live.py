@@ -522,6 +522,20 @@ def test_a_loop_plays_back_and_forth_without_a_jump_and_speech_follows_it(moving
     assert drawn(avatar, moments)
 
 
+def test_speech_starts_and_ends_without_a_snap(engine: LiveEngine) -> None:
+    """The first drawn picture is no farther from the one at rest than speech goes from picture to picture, and the last ones are near."""
+    avatar = still()
+    session = engine.open(avatar)
+    moments = watch(session, 100, lambda s, i: s.say("Papa moved away.") and None if i == 10 else None)
+    steps = np.array([differs_mean(a.picture, b.picture) for a, b in itertools.pairwise(moments)])
+    changed = np.flatnonzero(steps)
+    assert 15 < len(changed) < 80
+    assert changed[-1] < 95, "it does not come to rest"
+    most = steps[changed[1:-1]].max()
+    assert steps[changed[0]] <= most
+    assert steps[changed[-5:]].max() < 0.1 * most
+
+
 def test_the_delay_is_the_look_ahead_and_the_work(engine: LiveEngine) -> None:
     session = engine.open(still())
     delay = session.facts()["delay_ms"]
