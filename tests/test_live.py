@@ -523,7 +523,7 @@ def test_a_loop_plays_back_and_forth_without_a_jump_and_speech_follows_it(moving
 
 
 def test_speech_starts_and_ends_without_a_snap(engine: LiveEngine) -> None:
-    """The first drawn picture is no farther from the one at rest than speech goes from picture to picture, and the last ones are near."""
+    """The first drawn picture is no farther from rest than speech goes from one to the next, and the last ones are near it."""
     avatar = still()
     session = engine.open(avatar)
     moments = watch(session, 100, lambda s, i: s.say("Papa moved away.") and None if i == 10 else None)
