@@ -43,12 +43,14 @@ class Equaliser:
         """The next rows (t, bins), equalised."""
         loud = rows.mean(axis=1) - (self._usual.mean() - _LOUD_BELOW)
         weight = 1 / (1 + np.exp(-2 * loud.astype(np.float64)))[:, None]
-        total = self._sum + np.cumsum((rows - self._usual) * weight, axis=0)
-        count = self._count + np.cumsum(weight)
+        # Each sum goes on from the last, so that not even its rounding depends on how the sound was cut.
+        total = np.cumsum(np.vstack([self._sum, (rows - self._usual) * weight]), axis=0)[1:]
+        count = np.cumsum(np.append(self._count, weight))[1:]
         if len(rows):
             self._sum, self._count = total[-1], float(count[-1])
         even = rows - (total / count[:, None]) @ self._smooth.T
-        return np.asarray(np.maximum(even, SILENT_ROW), np.float32)
+        # In steps that hide what little the silence before the first piece weighs.
+        return np.asarray(np.maximum(np.rint(even * 1024) / 1024, SILENT_ROW), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
