@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ CONTROLS = {"real video": "real", "another person's words": "chance"}
 _TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
 
 _Row = TypeVar("_Row")
+_Found = TypeVar("_Found")
 Told = Callable[[int, int, str], None]  # clips done, clips in all, the file at work
 
 
@@ -209,21 +210,39 @@ def follow(
     rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     nets = FaceNets()
-    seen: list[_Seen] = []
-    left_out: dict[str, str] = {}
     facts: dict[str, Any] = {}
+
+    def one(row: TalkerRow) -> _Seen:
+        nonlocal facts
+        with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
+            seen, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch))
+        return seen
+
+    seen, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
+    return FollowReport(split, facts, tuple(_measured(one, seen) for one in seen), left_out)
+
+
+def over_clips(
+    where: str, rows: Sequence[TalkerRow], measure: Callable[[TalkerRow], _Found], on_progress: Told | None
+) -> tuple[list[_Found], dict[str, str]]:
+    """What `measure` finds in each clip, and why the others were left out: for these it raises InputError. `where` begins the
+    message if it finds nothing.
+
+    Raises:
+        InputError: no clip could be measured.
+    """
+    found: list[_Found] = []
+    left_out: dict[str, str] = {}
     for number, row in enumerate(rows):
         if on_progress is not None:
             on_progress(number, len(rows), row.file)
         try:
-            with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
-                one, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch))
-            seen.append(one)
+            found.append(measure(row))
         except InputError as error:
             left_out[row.file] = str(error)
-    if not seen:
-        raise InputError(f"{folder}: no clip of {split!r} could be measured ({next(iter(left_out.values()))}).")
-    return FollowReport(split, facts, tuple(_measured(one, seen) for one in seen), left_out)
+    if not found:
+        raise InputError(f"{where} could be measured ({next(iter(left_out.values()))}).")
+    return found, left_out
 
 
 def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture | None]:

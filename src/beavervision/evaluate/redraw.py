@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beavervision.errors import InputError
-from beavervision.evaluate.follow import Told, talker_rows
+from beavervision.evaluate.follow import TalkerRow, Told, over_clips, talker_rows
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.quality import MouthPixels
 from beavervision.evaluate.scores import share_changed
@@ -104,17 +104,11 @@ def redraw(
     """
     rows = talker_rows(Path(folder), split, limit)
     beaver, nets = load_beaver(), FaceNets()
-    clips: list[ClipRedrawn] = []
-    left_out: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        if on_progress is not None:
-            on_progress(number, len(rows), row.file)
-        try:
-            clips.append(_redraw_one(Path(folder) / row.file, row.file, beaver, nets))
-        except InputError as error:
-            left_out[row.file] = str(error)
-    if not clips:
-        raise InputError(f"{folder}: no clip of {split!r} could be measured ({next(iter(left_out.values()))}).")
+
+    def one(row: TalkerRow) -> ClipRedrawn:
+        return _redraw_one(Path(folder) / row.file, row.file, beaver, nets)
+
+    clips, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
     return RedrawReport(split, tuple(clips), left_out)
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from beavervision.errors import InputError
 from beavervision.evaluate.articulation import ArticulationReport, articulation
-from beavervision.evaluate.follow import Told, encode_again, talker_rows
+from beavervision.evaluate.follow import TalkerRow, Told, encode_again, over_clips, talker_rows
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.quality import Comparison, compare, quality
 from beavervision.evaluate.samples import portrait
@@ -135,25 +135,20 @@ def table(
     rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     judge = SyncJudge()
-    clips: list[ClipScored] = []
-    left_out: dict[str, str] = {}
     facts: dict[str, Any] = {}
-    for number, row in enumerate(rows):
-        if on_progress is not None:
-            on_progress(number, len(rows), row.file)
+
+    def one(row: TalkerRow) -> ClipScored:
+        nonlocal facts
         source = folder / row.file
-        try:
-            with tempfile.TemporaryDirectory(prefix="beavervision-quality-") as scratch:
-                sound, made, real = (Path(scratch) / name for name in ("sound.wav", "made.mp4", "real.mp4"))
-                _write_sound(source, row.late_s, sound)
-                facts = pipeline.lipsync(source, made, audio=sound, fit="trim").model
-                encode_again(source, real, pipeline)
-                scored = _scored(made, source, made, judge), _scored(real, source, source, judge, row.late_s)
-            clips.append(ClipScored(row.file, *scored))
-        except InputError as error:
-            left_out[row.file] = str(error)
-    if not clips:
-        raise InputError(f"{folder}: no clip of {split!r} could be measured ({next(iter(left_out.values()))}).")
+        with tempfile.TemporaryDirectory(prefix="beavervision-quality-") as scratch:
+            sound, made, real = (Path(scratch) / name for name in ("sound.wav", "made.mp4", "real.mp4"))
+            _write_sound(source, row.late_s, sound)
+            facts = pipeline.lipsync(source, made, audio=sound, fit="trim").model
+            encode_again(source, real, pipeline)
+            scored = _scored(made, source, made, judge), _scored(real, source, source, judge, row.late_s)
+        return ClipScored(row.file, *scored)
+
+    clips, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
     with portrait() as face:
         spoken = articulation(pipeline, face)
     return TableReport(split, facts, tuple(clips), spoken, left_out)

@@ -21,6 +21,7 @@ SILENT_ROW = float(np.log(1e-5))  # a log-mel row of digital silence
 # The long-time spectrum of speech that the motion net expects, at some of the 64 bins, and how it is estimated.
 _USUAL_BINS, _USUAL = (0, 12, 20, 28, 48, 56, 63), (-0.9, -1.5, -3.7, -4.4, -4.4, -5.5, -6.6)
 _LOUD_BELOW = 2.0  # a row counts if its mean lies less than about so far below the usual one
+_SILENT = 1e-3  # weight of a row below which it does not count
 _TRUST_ROWS = 100.0  # for how many rows the usual spectrum counts itself
 _SMOOTH_BINS = 6.0
 
@@ -43,14 +44,14 @@ class Equaliser:
         """The next rows (t, bins), equalised."""
         loud = rows.mean(axis=1) - (self._usual.mean() - _LOUD_BELOW)
         weight = 1 / (1 + np.exp(-2 * loud.astype(np.float64)))[:, None]
+        weight[weight < _SILENT] = 0  # so that it does not matter how much silence went before
         # Each sum goes on from the last, so that not even its rounding depends on how the sound was cut.
         total = np.cumsum(np.vstack([self._sum, (rows - self._usual) * weight]), axis=0)[1:]
         count = np.cumsum(np.append(self._count, weight))[1:]
         if len(rows):
             self._sum, self._count = total[-1], float(count[-1])
         even = rows - (total / count[:, None]) @ self._smooth.T
-        # In steps that hide what little the silence before the first piece weighs.
-        return np.asarray(np.maximum(np.rint(even * 1024) / 1024, SILENT_ROW), np.float32)
+        return np.asarray(np.maximum(even, SILENT_ROW), np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from beavervision.media import F32, U8, Patch, Picture, mixed
 from beavervision.models import mesh
+from beavervision.models.warp import filled
 
 _RING_EYES = (0.15, 0.5)  # from the outer lip line to the ring's edges, in eye distances
 _FEATHER_EYES, _LINE_EYES = 0.03, 0.03
@@ -108,7 +109,7 @@ class MouthDetail:
         origin = np.array([patch.region.x_px + columns.start, patch.region.y_px + rows.start], np.float32)
         feather = (2 * round(_FEATHER_EYES * eyes_px) + 3,) * 2
         inside, outside = (
-            cv2.blur(_filled(points_px[ring, :2] - origin, at.shape), feather).astype(np.float32) * np.float32(1 / 255)
+            cv2.blur(filled(points_px[ring, :2] - origin, at.shape), feather).astype(np.float32) * np.float32(1 / 255)
             for ring in (mesh.INNER_LIP, mesh.OUTER_LIP)
         )
         outside = np.maximum(outside - inside, 0)
@@ -179,7 +180,7 @@ def _detail(picture: Picture, patch: Patch | None, points_px: F32) -> _Detail:
     luma = picture.y[y0:y1, x0:x1] if patch is None else _shown(picture, patch, x0, y0, x1, y1)
     detail = np.asarray(cv2.Laplacian(luma, cv2.CV_32F), np.float32)
     local = lips - np.array([x0, y0], np.float32)
-    inner, outer = (_filled(_grown(local, reach * eyes_px), luma.shape) for reach in _RING_EYES)
+    inner, outer = (filled(_grown(local, reach * eyes_px), luma.shape) for reach in _RING_EYES)
     ring = np.asarray(cv2.subtract(outer, inner), np.uint8)
     if not ring.any():
         return _Detail()
@@ -188,7 +189,7 @@ def _detail(picture: Picture, patch: Patch | None, points_px: F32) -> _Detail:
     x, y, width, height = cv2.boundingRect(inner)
     detail = detail[y : y + height, x : x + width]
     origin = np.array([x0 + x, y0 + y], np.float32)
-    mouth, inside = (_filled(points_px[line, :2] - origin, detail.shape) for line in (mesh.OUTER_LIP, mesh.INNER_LIP))
+    mouth, inside = (filled(points_px[line, :2] - origin, detail.shape) for line in (mesh.OUTER_LIP, mesh.INNER_LIP))
     line = max(2, 2 * round(_LINE_EYES * eyes_px) + 1)
     only_lips = np.asarray(cv2.subtract(mouth, cv2.dilate(inside, np.ones((line, line), np.uint8))), np.uint8)
 
@@ -209,12 +210,6 @@ def _energy(detail: F32, mask: U8) -> float:
 def _grown(points: F32, by_px: float) -> F32:
     outward = points - points.mean(axis=0)
     return np.asarray(points + by_px * outward / (np.linalg.norm(outward, axis=1, keepdims=True) + 1e-6), np.float32)
-
-
-def _filled(points: F32, shape: tuple[int, ...]) -> U8:
-    mask = np.zeros(shape, np.uint8)
-    cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_8, shift=4)
-    return mask
 
 
 def _box(points_px: F32, margin_px: float, patch: Patch) -> tuple[slice, slice] | None:

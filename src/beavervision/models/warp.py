@@ -125,15 +125,15 @@ def _part(flow: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, low
     if (high - low).min() < 1:
         return
     cells = np.s_[low[1] : high[1], low[0] : high[0]]
-    size = ((high - low) * step).tolist()
+    size = tuple(((high - low) * step).tolist())
     origin = (low * step).astype(np.float32)
     middle = (upper_px + lower_px) / 2 - origin
     along = middle[-1] - middle[0]
     down = np.array([-along[1], along[0]])
     beyond = np.stack([middle[0] - along, middle[-1] + along])
-    below = _filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), size)
+    below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), size[::-1])
     reach = 2 * _REACH * step + 1
-    near = np.asarray(cv2.dilate(_filled(edges - origin, size), np.ones((reach, reach), np.uint8)), np.uint8)
+    near = np.asarray(cv2.dilate(filled(edges - origin, size[::-1]), np.ones((reach, reach), np.uint8)), np.uint8)
     box = flow[low[1] * step : high[1] * step, low[0] * step : high[0] * step]
     for one, here in ((1, near & ~below), (-1, near & below)):
         of_one = (side[cells] == one).astype(np.float32)
@@ -144,8 +144,9 @@ def _part(flow: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, low
         cv2.copyTo(np.ascontiguousarray(fine), here[: box.shape[0], : box.shape[1]], box)
 
 
-def _filled(points: F32, size: tuple[int, int]) -> U8:
-    mask = np.zeros((size[1], size[0]), np.uint8)
+def filled(points: F32, shape: tuple[int, ...]) -> U8:
+    """A mask of `shape` (h, w), 255 within the polygon of `points` (n, 2), in continuous coordinates."""
+    mask = np.zeros(shape, np.uint8)
     cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_8, shift=4)
     return mask
 
