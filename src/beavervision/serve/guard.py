@@ -26,7 +26,6 @@ _CPU_S = 20
 _WALL_S = 40
 _STARTING_S = 60  # more, for a machine that is busy while the libraries are loaded
 _PAUSE_S = 0.1  # before a child is forked in the place of one that died without a task
-_RATE = 240  # pictures a second
 _UNPACKED_BYTES, _UNPACKED_TIMES = 48 << 20, 250  # a larger picture that is packed so densely is there to harm
 _BLOCK_BYTES = 1 << 16  # a task, and an answer, at most
 _COMMAND = [sys.executable, "-B", "-m", "beavervision.serve.guard"]
@@ -143,10 +142,6 @@ def _look(task: dict[str, Any]) -> None:
         if info.duration is not None and info.kind == "video" and info.duration > longest_s:
             raise MediaError(
                 f"The video is {float(info.duration):.0f} s long; {longest_s:g} s are allowed. Cut it first."
-            )
-        if info.rate > _RATE:
-            raise MediaError(
-                f"The video has {float(info.rate):.0f} pictures a second; {_RATE} are allowed. Convert it."
             )
         if info.kind == "video":  # of a still `probe` has decoded everything
             next(iter(Decode(1, extend="none")(info)), None)
