@@ -216,7 +216,7 @@ def test_silence_costs_no_network_and_a_still_stays_one_picture(
     watch(session, 2)
     calls: list[str] = []
     monkeypatch.setattr(OnnxNet, "__call__", lambda self, *inputs: calls.append(self.name))
-    monkeypatch.setattr(face_module, "_invoke", lambda *args: calls.append("face"))
+    monkeypatch.setattr(face_module._Net, "__call__", lambda *args: calls.append("face"))
     moments = watch(session, 250, lambda s, i: s.push_audio(bytes(3840), RATE_HZ) and None)
     assert not calls
     assert len({id(m.picture) for m in moments}) == 1

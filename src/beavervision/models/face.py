@@ -98,6 +98,20 @@ def _anchors() -> F32:
     return np.concatenate(grids).astype(np.float32)
 
 
+class _Net:
+    """One of the nets: an array in, arrays out. Looking its tensors up for each picture would cost more than it seems."""
+
+    def __init__(self, interpreter: Any) -> None:
+        self._interpreter = interpreter
+        self._input = interpreter.get_input_details()[0]["index"]
+        self._outputs = [o["index"] for o in interpreter.get_output_details()]
+
+    def __call__(self, value: F32) -> list[Any]:
+        self._interpreter.set_tensor(self._input, np.ascontiguousarray(value, np.float32))
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(index) for index in self._outputs]
+
+
 class FaceNets:
     """The three nets of the task file. Not for use by two threads at once."""
 
@@ -109,10 +123,10 @@ class FaceNets:
             raise ModelError("the package ai-edge-litert is missing or broken: reinstall beavervision.") from error
         with zipfile.ZipFile(BytesIO(load_data("face_landmarker.task"))) as bundle:
 
-            def load(name: str) -> Any:
+            def load(name: str) -> _Net:
                 net = Interpreter(model_content=bundle.read(name), num_threads=threads)
                 net.allocate_tensors()
-                return net
+                return _Net(net)
 
             self._detector = load("face_detector.tflite")
             self._mesh = load("face_landmarks_detector.tflite")
@@ -132,7 +146,7 @@ class FaceNets:
     def _detect_in(self, picture: Picture, crop: Crop) -> list[Detection]:
         matrix = crop.matrix(_DETECT_PX)
         image = picture.warped_rgb(matrix, _DETECT_PX).astype(np.float32) / 127.5 - 1
-        boxes, scores = _invoke(self._detector, image[None])
+        boxes, scores = self._detector(image[None])
         score = 1 / (1 + np.exp(-np.clip(scores[0, :, 0], -50, 50)))
         order = np.argsort(-score)
         order = order[score[order] > _MIN_SCORE]
@@ -154,8 +168,8 @@ class FaceNets:
     def mesh(self, picture: Picture, crop: Crop) -> tuple[F32, float]:
         """The points (478, 3) in pixels of the face in `crop`, and the probability that there is one."""
         matrix = crop.matrix(_MESH_PX)
-        image = picture.warped_rgb(matrix, _MESH_PX).astype(np.float32) * np.float32(1 / 255)
-        points, presence, _ = _invoke(self._mesh, image[None])
+        image = np.multiply(picture.warped_rgb(matrix, _MESH_PX), np.float32(1 / 255))
+        points, presence, _ = self._mesh(image[None])
         points = points.reshape(POINTS, 3)
         inverse = cv2.invertAffineTransform(matrix)
         xy = points[:, :2] @ inverse[:, :2].T + inverse[:, 2]
@@ -164,7 +178,7 @@ class FaceNets:
 
     def blendshapes(self, points_px: F32) -> F32:
         """The 52 blendshape weights, 0 to 1, of a face with `points_px` (478, 3)."""
-        (shapes,) = _invoke(self._shapes, points_px[None, _BLENDSHAPE_POINTS, :2])
+        (shapes,) = self._shapes(points_px[None, _BLENDSHAPE_POINTS, :2])
         return np.asarray(shapes, np.float32).reshape(BLENDSHAPES)
 
     def face(self, picture: Picture, crop: Crop, *, settle: int = 0, shapes: bool = True) -> Face | None:
@@ -198,9 +212,3 @@ def _crop_of(raw: F32, left: float, top: float, scale: float) -> Crop:
     angle = float(np.arctan2(raw[7] - raw[5], raw[6] - raw[4]))
     side = float(max(raw[2], raw[3])) * scale * _MESH_SCALE
     return Crop(left + float(raw[0]) * scale, top + float(raw[1]) * scale, max(side, 1.0), angle)
-
-
-def _invoke(net: Any, value: F32 | U8) -> list[Any]:
-    net.set_tensor(net.get_input_details()[0]["index"], np.ascontiguousarray(value, np.float32))
-    net.invoke()
-    return [net.get_tensor(o["index"]) for o in net.get_output_details()]
