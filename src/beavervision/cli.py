@@ -761,7 +761,10 @@ def evaluate_live(
     seconds: Annotated[float, typer.Option(help="How long each of these goes on.")] = 20,
     minutes: Annotated[float, typer.Option(help="Of a long run of one session.")] = 0,
     browser: Annotated[
-        bool, typer.Option("--browser", help="Time what is said in a Chromium, too (extra browser).")
+        bool,
+        typer.Option(
+            "--browser", help="Time what is said in a Chromium, too, and have it watch the long run (extra browser)."
+        ),
     ] = False,
     as_json: JsonFlag = False,
     quiet: Quiet = False,

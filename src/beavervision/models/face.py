@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from beavervision.errors import ModelError
-from beavervision.media import BLENDSHAPES, F32, POINTS, U8, Face, Picture
+from beavervision.media import BLENDSHAPES, F32, POINTS, Face, Picture
 from beavervision.models.cards import load_data
 
 _DETECT_PX = 128

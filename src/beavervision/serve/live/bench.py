@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +30,7 @@ from beavervision.media import Picture, sample_at
 from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import opening
 from beavervision.pipeline import Pipeline
-from beavervision.serve.live.bench_browser import browser_viewer
+from beavervision.serve.live.bench_browser import BETWEEN_S, BrowserViewer, browser_viewer
 from beavervision.serve.live.encoder import AUDIO_HZ, Coded, Kind
 from beavervision.serve.live.fanout import Ended
 from beavervision.serve.live.room import Room, Terms, as_picture
@@ -47,7 +47,6 @@ _CHUNK_S = 0.02
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.6  # of silence before the next try
 _FLASH_EVERY, _FLASHES = 12, 16  # pictures from one to the next, and how many of them tell the skew
-_BETWEEN_S = 0.2  # two of them, at least
 _SETTLED_S = 60.0  # from which memory is counted in a long run
 
 Progress = Callable[[str], None]
@@ -85,14 +84,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """A long run of one session. The skew is by how much a beep comes later than its flash at a WebRTC viewer that plays both
-    as they come, its buffer of sound included (median): what the run did to it is the difference.
+    """A long run of one session. The skew is by how much a beep comes later than its flash (median) at `viewer`, which watches
+    by WebRTC: a Chromium that stays for the whole run, or "aiortc", which plays both as they come, so that its buffer of
+    sound is in it and what the run did is the difference.
     """
 
     minutes: float
     pictures: int
     dropped_percent: float
     memory_growth_mb: float
+    viewer: str
     skew_start_ms: float
     skew_end_ms: float
     late_ms: Spread
@@ -145,7 +146,7 @@ class LiveReport:
         if (s := self.soak) is not None:
             lines += [
                 f"{s.minutes:g} min: {s.pictures} pictures, {s.dropped_percent:.2f} % dropped, late p95 {s.late_ms.p95:.1f},",
-                f"    memory {s.memory_growth_mb:+.1f} MB, beep after flash at a viewer {s.skew_start_ms:.1f} ms, at the end "
+                f"    memory {s.memory_growth_mb:+.1f} MB, beep after flash in {s.viewer} {s.skew_start_ms:.1f} ms, at the end "
                 f"{s.skew_end_ms:.1f} ms",
             ]
         return lines
@@ -172,7 +173,7 @@ def measure(
         times: how often something is said; `interruptions`: how often it is interrupted.
         sessions: pairs of how many sessions at once and their pictures a second, each tried for `seconds`.
         minutes: of a long run; 0 for none.
-        browser: whether to time what is said in a Chromium too.
+        browser: whether to time what is said in a Chromium too, and have it watch the long run.
 
     Raises:
         UsageError: there is no browser to do that with.
@@ -264,7 +265,7 @@ class _Bench:
             audio_to_packet_ms=Spread.of(pushed),
             silence_ms=Spread.of(cuts),
             loads=tuple(loads),
-            soak=await self._soak(minutes) if minutes > 0 else None,
+            soak=await self._soak(minutes, browser) if minutes > 0 else None,
         )
 
     @asynccontextmanager
@@ -417,10 +418,11 @@ class _Bench:
         late_s = [late for room in rooms for late in room.late_s]
         return Load(count, fps, len(rooms), round(cpu, 2), round(100 * dropped / max(due, 1), 2), Spread.of(late_s))
 
-    async def _soak(self, minutes: float) -> Soak:
+    async def _soak(self, minutes: float, browser: bool) -> Soak:
         """One session that speaks and is silent in turn."""
-        async with self._room(self._fps) as room:
-            skew_start_s = await self._skew(room)
+        async with self._room(self._fps) as room, AsyncExitStack() as stack:
+            seen = await stack.enter_async_context(browser_viewer(room)) if browser else None
+            skew_start_s = await self._skew(room, seen)
             async with _drained(room):
                 began_s = time.monotonic()
                 memory_mb = 0.0
@@ -438,22 +440,27 @@ class _Bench:
                 pictures=pictures["due"],
                 dropped_percent=round(100 * pictures["dropped"] / max(pictures["due"], 1), 3),
                 memory_growth_mb=round(growth_mb, 1),
+                viewer="aiortc" if seen is None else "Chromium",
                 skew_start_ms=round(1e3 * skew_start_s, 1),
-                skew_end_ms=round(1e3 * await self._skew(room), 1),
+                skew_end_ms=round(1e3 * await self._skew(room, seen), 1),
                 late_ms=Spread.of(late_s),
             )
 
-    async def _skew(self, room: _Seen) -> float:
+    async def _skew(self, room: _Seen, browser: BrowserViewer | None) -> float:
         """By how many seconds a beep is later than its flash at a viewer."""
         self._told("flashing and beeping")
         room.flashing = True
-        async with _viewer(room) as viewer:
-            async with asyncio.timeout(_PATIENCE_S):
-                while len(viewer.flashes) < _FLASHES or len(viewer.beeps) < _FLASHES:
-                    await room.moments.get()
+        if browser is not None:
+            flashes, beeps = await _in_time(browser.marks(_FLASHES))
+        else:
+            async with _viewer(room) as viewer:
+                async with asyncio.timeout(_PATIENCE_S):
+                    while len(viewer.flashes) < _FLASHES or len(viewer.beeps) < _FLASHES:
+                        await room.moments.get()
+            flashes, beeps = viewer.flashes, viewer.beeps
         room.flashing = False
-        flashes = viewer.flashes[_FLASHES // 4 : -1]  # a viewer's buffers fill at first
-        return float(np.median([min((beep - at_s for beep in viewer.beeps), key=abs) for at_s in flashes]))
+        flashes = flashes[_FLASHES // 4 : -1]  # a viewer's buffers fill at first
+        return float(np.median([min((beep - at_s for beep in beeps), key=abs) for at_s in flashes]))
 
 
 class _Viewer:
@@ -480,10 +487,10 @@ class _Viewer:
                     self.noticed.heard(now_s, pcm)
                     loud = np.flatnonzero(np.abs(pcm) > 0.2)
                     begun_s = now_s + (int(loud[0]) / pcm.size * frame.samples / frame.sample_rate if loud.size else 0)
-                    if loud.size and (not self.beeps or begun_s - self.beeps[-1] > _BETWEEN_S):
+                    if loud.size and (not self.beeps or begun_s - self.beeps[-1] > BETWEEN_S):
                         self.beeps.append(begun_s)
                     continue
-                if _is_white(frame) and (not self.flashes or now_s - self.flashes[-1] > _BETWEEN_S):
+                if _is_white(frame) and (not self.flashes or now_s - self.flashes[-1] > BETWEEN_S):
                     self.flashes.append(now_s)
                 if not self.noticed.complete:
                     self.noticed.saw(now_s, as_picture(frame, (frame.width, frame.height)))

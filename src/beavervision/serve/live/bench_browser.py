@@ -1,4 +1,4 @@
-"""A viewer in a real Chromium: when it heard and showed what a live session said."""
+"""A viewer in a real Chromium: when it heard and showed what a live session said, and how far flashes and beeps are apart."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
 _KEPT = 60  # pictures
 _POLL_S = 0.05
+BETWEEN_S = 0.2  # two flashes or two beeps, at least
 
 # `look(n)` begins to note: when sound was heard first, and the pictures until `n` after that, in grey, each with the time at
 # which it is to be seen; the first of them and the last are kept. Times are those of performance.now(), in ms.
@@ -40,9 +41,15 @@ _PAGE = """async () => {
 
   window.look = (after) => { window.seen = { heard: null, pictures: [], after }; };
   window.look(0);
+  window.marks = { flashes: [], beeps: [] };
+  const mark = (list, at) => { if (!list.length || at - list.at(-1) > BETWEEN) list.push(at); };
+  const thumbnail = new OffscreenCanvas(8, 8).getContext("2d", { willReadFrequently: true });
   let canvas = null;
   const shown = (now, { width, height, expectedDisplayTime }) => {
     const seen = window.seen;
+    thumbnail.drawImage(video, 0, 0, 8, 8);
+    const light = thumbnail.getImageData(0, 0, 8, 8).data.reduce((sum, v, i) => sum + v * [77, 150, 29, 0][i % 4], 0);
+    if (light / 256 / 64 > 200) mark(window.marks.flashes, expectedDisplayTime);
     if (seen.heard === null || seen.after > 0) {
       canvas ??= new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
       canvas.drawImage(video, 0, 0);
@@ -66,7 +73,10 @@ _PAGE = """async () => {
     setInterval(() => {
       meter.getFloatTimeDomainData(wave);
       const loud = Math.sqrt(wave.reduce((sum, v) => sum + v * v, 0) / wave.length) > 0.01;
-      if (loud) window.seen.heard ??= performance.now();
+      const now = performance.now();
+      if (loud) window.seen.heard ??= now;
+      const tone = wave.findIndex((v) => Math.abs(v) > 0.2);
+      if (tone >= 0) mark(window.marks.beeps, now - ((wave.length - tone) / context.sampleRate) * 1000);
     }, 4);
   };
   window.told = () => ({
@@ -78,7 +88,7 @@ _PAGE = """async () => {
     }),
   });
   return pc.localDescription.sdp;
-}""".replace("KEPT", str(_KEPT))
+}""".replace("KEPT", str(_KEPT)).replace("BETWEEN", str(round(1e3 * BETWEEN_S)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,14 @@ class BrowserViewer:
         told = await self._page.evaluate("window.told()")
         pictures = [(at_ms / 1e3 + ahead_s, _grey(text, width)) for at_ms, text, width in told["pictures"]]
         return Shown(told["heard"] / 1e3 + ahead_s, pictures)
+
+    async def marks(self, count: int) -> tuple[list[float], list[float]]:
+        """When the next `count` white pictures, or more, are seen, and when tones begin meanwhile: seconds of the page's clock."""
+        await self._page.evaluate("window.marks = { flashes: [], beeps: [] }")
+        while await self._page.evaluate("Math.min(window.marks.flashes.length, window.marks.beeps.length)") < count:
+            await asyncio.sleep(_POLL_S)
+        told = await self._page.evaluate("window.marks")
+        return [at_ms / 1e3 for at_ms in told["flashes"]], [at_ms / 1e3 for at_ms in told["beeps"]]
 
     async def _ahead_s(self) -> float:
         """How far this process's clock is ahead of the page's, by the fastest of some questions."""
