@@ -59,6 +59,7 @@ Progress = Callable[[int, int | None], None]
 SPEECH_HZ = 48_000  # synthetic speech is written at the rate that every player likes
 _BLOCK = 8  # pictures in a clip, fewer where they are so large that it would have more than
 _BLOCK_BYTES = 32 << 20
+_DEPTH_BYTES = 16 << 20  # of a clip, from which on only one waits after each stage
 _SHARED_BATCH, _SHARED_DEADLINE_MS = 32, 4.0  # of networks that several runs share
 # What the stages cost for a 720p picture with `beavervision bench`, for the planning of devices and threads.
 _COSTS = {
@@ -232,11 +233,8 @@ class Pipeline:
         if keep_audio:
             background = _background(info, words, notes.append)
         picture_bytes = info.width_px * info.height_px * 3 // 2
-        decode = Decode(
-            max(1, min(_BLOCK, _BLOCK_BYTES // picture_bytes)),
-            extend=extend,
-            on_note=notes.append,
-        )
+        block = max(1, min(_BLOCK, _BLOCK_BYTES // picture_bytes))
+        decode = Decode(block, extend=extend, on_note=notes.append)
         watch = Watch(info.rate)
 
         def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
@@ -249,7 +247,14 @@ class Pipeline:
                 on_note=notes.append,
             )
 
-        flow = Flow(lambda: decode(info), name="decode", times=times, cancel=cancel, guard=self._check_memory)
+        flow = Flow(
+            lambda: decode(info),
+            name="decode",
+            depth=2 if block * picture_bytes < _DEPTH_BYTES else 1,
+            times=times,
+            cancel=cancel,
+            guard=self._check_memory,
+        )
         flow = flow.then(detect).then(_Named("hear", hear))
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
