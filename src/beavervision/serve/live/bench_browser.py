@@ -32,7 +32,7 @@ _PAGE = """async () => {
   video.autoplay = true;
   const pc = (window.pc = new RTCPeerConnection());
   pc.ontrack = ({ receiver, streams: [stream] }) => {
-    receiver.jitterBufferTarget = 0; // as the live page does
+    receiver.jitterBufferTarget = receiver.track.kind === "video" ? 75 : 0; // as the live page does
     video.srcObject = stream;
   };
   for (const kind of ["video", "audio"]) pc.addTransceiver(kind, { direction: "recvonly" });
@@ -76,7 +76,7 @@ _PAGE = """async () => {
       const now = performance.now();
       if (loud) window.seen.heard ??= now;
       const tone = wave.findIndex((v) => Math.abs(v) > 0.2);
-      if (tone >= 0) mark(window.marks.beeps, now - ((wave.length - tone) / context.sampleRate) * 1000);
+      if (tone >= 0) mark(window.marks.beeps, now + 1000 * (context.outputLatency - (wave.length - tone) / context.sampleRate));
     }, 4);
   };
   window.told = () => ({

@@ -41,7 +41,9 @@ async function watchByWebRtc(media) {
     for (const kind of ["video", "audio"]) connection.addTransceiver(kind, { direction: "recvonly" });
     const stream = new MediaStream();
     connection.addEventListener("track", ({ track, receiver }) => {
-      receiver.jitterBufferTarget = 0; // ms: no longer than the network makes necessary
+      // ms: sound no longer than the network makes necessary. Its buffer and the device still take that much, for which browsers let
+      // the picture wait, but only after some 15 s if it is not told at once.
+      receiver.jitterBufferTarget = receiver.track.kind === "video" ? 75 : 0;
       stream.addTrack(track);
     });
     address = await negotiate(connection, media.whep);
