@@ -23,7 +23,9 @@ import pytest
 
 pytest.importorskip("aiortc", reason="live sessions need the extra live")
 
-from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc import MediaStreamTrack, RTCCertificate, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.rtcdtlstransport import generate_certificate
+from cryptography.hazmat.primitives.asymmetric import rsa
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -188,6 +190,30 @@ def test_whep_shows_flash_and_beep_together(server: LiveServer, session: dict[st
             await until_async(lambda: viewer.pc.connectionState == "closed")
         gone = await asyncio.to_thread(server.call, "GET", viewer.location)
         assert gone.json["code"] == "no_peer"
+
+    asyncio.run(scene())
+
+
+class RsaCertificate(RTCCertificate):
+    """As GStreamer's webrtcbin has one."""
+
+    @classmethod
+    def generateCertificate(cls) -> RsaCertificate:  # noqa: N802
+        key = rsa.generate_private_key(65537, 2048)
+        return cls(key=key, cert=generate_certificate(key))  # type: ignore[arg-type]
+
+    def _create_ssl_context(self, srtp_profiles: Any) -> Any:
+        context = super()._create_ssl_context(srtp_profiles)
+        context.set_cipher_list(b"ECDHE-RSA-AES128-GCM-SHA256")
+        return context
+
+
+def test_a_player_with_an_rsa_certificate_sees_it_too(server: LiveServer, session: dict[str, Any]) -> None:
+    async def scene() -> None:
+        viewer = Viewer(server, session["media"]["whep"])
+        viewer.pc._RTCPeerConnection__certificates = [RsaCertificate.generateCertificate()]  # type: ignore[attr-defined]
+        async with viewer:
+            await until_async(lambda: len(viewer.pictures) > 3 and len(viewer.sounds) > 3)
 
     asyncio.run(scene())
 

@@ -18,6 +18,7 @@ from aioice.ice import get_host_addresses
 from aiortc import (
     MediaStreamTrack,
     RTCBundlePolicy,
+    RTCCertificate,
     RTCConfiguration,
     RTCIceServer,
     RTCPeerConnection,
@@ -37,6 +38,11 @@ _CONNECT_S = 20  # for ICE and DTLS, after the answer
 _LOOPBACK = "127.0.0.1"
 _TURN_S = 6 * 3600  # how long credentials made from live_turn_secret are valid
 _TICKS_HZ = {Kind.VIDEO: VIDEO_HZ, Kind.OPUS: AUDIO_HZ}
+_CIPHERS = b":".join(
+    b"ECDHE-%s-%s" % (key, cipher)
+    for key in (b"ECDSA", b"RSA")
+    for cipher in (b"AES128-GCM-SHA256", b"CHACHA20-POLY1305", b"AES128-SHA", b"AES256-SHA")
+)
 # What aiortc raises for descriptions that are no SDP, or that it cannot agree to.
 _REFUSALS = (
     ValueError,
@@ -113,11 +119,22 @@ def _parts(listed: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in listed.split(",") if part.strip())
 
 
+class _Certificate(RTCCertificate):
+    """Agrees to peers with RSA certificates as well, which GStreamer has; aiortc's own only knows ECDSA."""
+
+    def _create_ssl_context(self, srtp_profiles: Any) -> Any:
+        context = super()._create_ssl_context(srtp_profiles)
+        context.set_cipher_list(_CIPHERS)
+        return context
+
+
 class Peer:
     """One connection. It closes by itself when it fails, when the other end goes, or when it is not there in time."""
 
     def __init__(self, network: Network, on_closed: Callable[[Peer], None]) -> None:
         self.pc = RTCPeerConnection(network.configuration())
+        # aiortc has no option for it.
+        self.pc._RTCPeerConnection__certificates = [_Certificate.generateCertificate()]
         self._network, self._on_closed = network, on_closed
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
