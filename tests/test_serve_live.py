@@ -75,6 +75,7 @@ def test_a_session_is_opened_shown_used_and_ended(server: LiveServer) -> None:
     shown = server.call("GET", address).json
     assert shown["facts"]["viewers"] == {"webrtc": 0, "websocket": 0, "hls": 0, "rtmp": 0}
     assert [s["id"] for s in server.call("GET", BASE).json["sessions"]] == [opened["id"]]
+    assert server.call("GET", "/api/v1/status").json["sessions"] == 1
 
     source = server.source(opened)
     assert server.call("POST", f"{address}/say", {"text": "Hello."}).json == {"utterance": 1}
@@ -92,6 +93,7 @@ def test_a_session_is_opened_shown_used_and_ended(server: LiveServer) -> None:
     ):
         gone = server.call(method, path, body)
         assert (gone.status, gone.json["code"]) == (404, "no_session"), (method, path)
+    assert server.call("GET", "/api/v1/status").json["sessions"] == 0
 
 
 def test_what_cannot_be_opened_says_why(server: LiveServer) -> None:

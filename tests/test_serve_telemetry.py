@@ -23,7 +23,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra serve")
 from beavervision import metrics
 from beavervision.engine.gpus import GpuWatch
 from beavervision.errors import UsageError
-from beavervision.serve import telemetry
+from beavervision.serve import exposition, telemetry
 from beavervision.serve.telemetry import Traces, set_up_logs
 from beavervision.settings import Settings
 from tests.test_serve import face, started, until
@@ -215,6 +215,20 @@ def test_the_utilisation_of_gpus_is_what_their_driver_tells(monkeypatch: pytest.
     GpuWatch(["cuda:0"]).measure()
     GpuWatch(["cpu"]).measure()
     assert "utilisation_ratio{" not in metrics.exposition().decode()
+
+
+def test_the_memory_of_every_process_is_told_with_its_device(tmp_path: Path) -> None:
+    used, budget = "beavervision_device_memory_used_bytes", "beavervision_device_memory_budget_bytes"
+    lines = "".join(f'# TYPE {name} gauge\n{name}{{device="cuda:7"}} {value}\n' for name, value in ((used, 5), (budget, 9)))
+    (tmp_path / "worker-3.prom").write_text(lines)
+    live = metrics.DEVICE_MEMORY_USED_BYTES.labels("cuda:8"), metrics.DEVICE_MEMORY_BUDGET_BYTES.labels("cuda:8")
+    for gauge, value in zip(live, (3, 4), strict=True):  # what live sessions use, in the server itself
+        gauge.set(value)
+    told = [(m.worker, m.device, m.used_bytes, m.budget_bytes) for m in exposition.memory(tmp_path)]
+    for metric in (metrics.DEVICE_MEMORY_USED_BYTES, metrics.DEVICE_MEMORY_BUDGET_BYTES):
+        metric.remove("cuda:8")
+    assert ("worker-3", "cuda:7", 5, 9) in told
+    assert ("server", "cuda:8", 3, 4) in told
 
 
 def test_every_metric_of_the_dashboard_exists() -> None:

@@ -338,7 +338,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get(f"{_API}/status", dependencies=known)
     def status() -> StatusOut:
         """Figures of the service, all measured."""
-        return service.status()
+        rooms: Rooms | None = app.state.rooms
+        return service.status(0 if rooms is None else rooms.open_now)
 
     @app.get("/metrics", dependencies=known, response_class=Response)
     def prometheus() -> Response:

@@ -40,12 +40,12 @@ def page(folder: Path) -> bytes:
 
 
 def memory(folder: Path) -> list[MemoryOut]:
-    """What each worker measured of its devices."""
+    """What each process measured of its devices: the workers, and the server for its live sessions."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for family in _Joined(folder).collect():
         for sample in family.samples:
-            if family.name in (_USED, _BUDGET, _BUSY) and "worker" in sample.labels:
-                key = (sample.labels["worker"], sample.labels["device"])
+            if family.name in (_USED, _BUDGET, _BUSY):
+                key = (sample.labels.get("worker", "server"), sample.labels["device"])
                 found.setdefault(key, {})[family.name] = sample.value
     return [
         MemoryOut(

@@ -223,7 +223,7 @@ class WorkerOut(BaseModel):
 
 
 class MemoryOut(BaseModel):
-    worker: str
+    worker: str = Field(description="The process that uses it: a worker, or `server` for live sessions.")
     device: str
     used_bytes: int
     budget_bytes: int
@@ -249,6 +249,7 @@ class StatusOut(BaseModel):
     draining: bool
     workers: list[WorkerOut]
     memory: list[MemoryOut]
+    sessions: int = Field(description="Live sessions that are open.")
     queued: int
     running: int
     succeeded: int

@@ -437,7 +437,7 @@ class Service:
         cards += [(card, allow or not card.non_commercial) for card in stored]
         return [_model_out(card, usable) for card, usable in cards]
 
-    def status(self) -> StatusOut:
+    def status(self, sessions: int) -> StatusOut:
         counts, figures = self.place.table.counts(), self.place.table.figures()
         return StatusOut(
             version=program_version(),
@@ -447,6 +447,7 @@ class Service:
                 WorkerOut(name=w.slot, pid=w.pid, ready=w.ready, restarts=w.restarts) for w in self.supervisor.workers()
             ],
             memory=exposition.memory(self.place.workers),
+            sessions=sessions,
             queued=counts[State.QUEUED],
             running=counts[State.RUNNING],
             succeeded=figures.succeeded,

@@ -38,6 +38,11 @@ class Rooms:
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def open_now(self) -> int:
+        """How many sessions there are. From any thread."""
+        return len(self._rooms)
+
     async def open(self, owner: str, wanted: SessionSettings, source: Path | None) -> Room:
         """A session with the face of `source`, or of a camera if there is none.
 
