@@ -146,7 +146,7 @@ def test_text_files_that_cannot_be_used(
 @pytest.mark.parametrize(("text", "language"), [("Привет, мир", "ru"), ("こんにちは", "ja"), ("مرحبا", "ar")])
 def test_a_script_that_the_voice_cannot_say(cli: Cli, place: Path, portrait: Path, text: str, language: str) -> None:
     ran = cli("lipsync", portrait, "--text", text, "-o", place / "a.mp4")
-    refused(ran, 3, "cannot say the letters", f"--language {language}")
+    refused(ran, 3, "cannot say the letters", f"Set the language to {language} ")
     assert not any(place.iterdir())
 
 

@@ -219,7 +219,9 @@ def test_the_utilisation_of_gpus_is_what_their_driver_tells(monkeypatch: pytest.
 
 def test_the_memory_of_every_process_is_told_with_its_device(tmp_path: Path) -> None:
     used, budget = "beavervision_device_memory_used_bytes", "beavervision_device_memory_budget_bytes"
-    lines = "".join(f'# TYPE {name} gauge\n{name}{{device="cuda:7"}} {value}\n' for name, value in ((used, 5), (budget, 9)))
+    lines = "".join(
+        f'# TYPE {name} gauge\n{name}{{device="cuda:7"}} {value}\n' for name, value in ((used, 5), (budget, 9))
+    )
     (tmp_path / "worker-3.prom").write_text(lines)
     live = metrics.DEVICE_MEMORY_USED_BYTES.labels("cuda:8"), metrics.DEVICE_MEMORY_BUDGET_BYTES.labels("cuda:8")
     for gauge, value in zip(live, (3, 4), strict=True):  # what live sessions use, in the server itself

@@ -222,7 +222,7 @@ def test_foreign_script_is_refused_with_the_way_out(speaker: Speaker, text: str,
         speaker.speak(text)
     message = str(error.value)
     assert text[0] in message
-    assert f"--language {language}" in message
+    assert f"Set the language to {language} " in message
     assert "beavervision[languages]" in message
 
 
@@ -409,7 +409,7 @@ def test_speech_may_spill_into_silence_but_not_into_the_next_cue(speaker: Speake
 
 
 def test_cues_are_refused_by_number(speaker: Speaker) -> None:
-    with pytest.raises(TextError, match=r"Cue 2: .*--language ru"):
+    with pytest.raises(TextError, match=r"Cue 2: .*Set the language to ru "):
         speaker.speak_cues(cues_of((0, 900, "Hello."), (1000, 2000, "Привет.")))
     with pytest.raises(TextError, match="no cues"):
         speaker.speak_cues([])

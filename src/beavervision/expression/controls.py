@@ -192,7 +192,7 @@ def unknown(name: str, custom: Mapping[str, F32]) -> str:
     return (
         f"There is no expression {name!r}."
         + (f" Did you mean {' or '.join(near)}?" if near else "")
-        + f" Known are {', '.join(first)} and the controls, which `beavervision expression list` names."
+        + f" There are {', '.join(first)}, and the controls of the face, such as jawOpen or mouthSmile."
     )
 
 

@@ -120,7 +120,7 @@ class Restorer:
                 torch.set_num_threads(threads)
             self._module = module.float().eval().requires_grad_(False).to(self._device)
         except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"{card.name} cannot be put on {device}: {error}. Choose another --device.") from error
+            raise DeviceError(f"{card.name} cannot be put on {device}: {error}. Choose another device.") from error
 
     def __call__(self, faces: U8) -> U8:
         """Restore aligned faces, (n, 512, 512, 3) RGB, one after another: a batch gains nothing at this size."""
@@ -134,7 +134,7 @@ class Restorer:
                 out = self._module(x / 127.5 - 1, **self._call)[0]
                 rgb = ((out[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         except torch.OutOfMemoryError as error:
-            raise DeviceError(f"{self.card.name} ran out of memory on {self._device}. Use another --device.") from error
+            raise DeviceError(f"{self.card.name} ran out of memory on {self._device}. Use another device.") from error
         except (RuntimeError, TypeError) as error:
             raise ModelError(f"{self.card.name} failed: {error}") from error
         return np.asarray(rgb, np.uint8)

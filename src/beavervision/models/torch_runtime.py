@@ -69,7 +69,7 @@ class TorchNet:
                 torch.set_num_threads(threads)
             self._module = module.eval().to(self._device, torch.float16 if self._cuda else torch.float32)
         except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"{name} cannot be put on {device}: {error}. Choose another --device.") from error
+            raise DeviceError(f"{name} cannot be put on {device}: {error}. Choose another device.") from error
         self._batch_sizes = tuple(sorted(batch_sizes)) if self._cuda else ()
 
     def __call__(self, *inputs: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.generic], ...]:
@@ -87,7 +87,7 @@ class TorchNet:
                 return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"{self.name} ran out of memory on {self._device}. Use a smaller batch or another --device."
+                f"{self.name} ran out of memory on {self._device}. Use a smaller batch or another device."
             ) from error
         except (RuntimeError, TypeError) as error:
             raise ModelError(f"{self.name} failed: {error}") from error

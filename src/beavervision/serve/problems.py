@@ -30,6 +30,10 @@ _STATUS = {
 }
 
 
+# What pydantic says unclearly, by the type of its error.
+_WORDS = {"extra_forbidden": "there is no such field", "missing": "it is required"}
+
+
 class Problem(Exception):
     """An answer that is an error."""
 
@@ -64,11 +68,14 @@ def of_error(error: BeaverVisionError) -> Problem:
 def of_fields(errors: list[Any], what: str) -> Problem:
     """From what pydantic says of a document or of parameters."""
     told = [
-        {"field": ".".join(str(part) for part in error["loc"]) or what, "message": error["msg"]}
+        {
+            "field": ".".join(str(part) for part in error["loc"]) or what,
+            "message": _WORDS.get(error["type"], error["msg"]),
+        }
         for error in errors[:20]
     ]
-    first = told[0]
-    detail = f"{what}: {first['field']}: {first['message']}. The document /api/v1/openapi.json has the fields that there are."
+    where = f"{what}: {told[0]['field']}" if errors[0]["loc"] else what
+    detail = f"{where}: {told[0]['message']}. The document /api/v1/openapi.json has the fields that there are."
     return Problem(422, "invalid", detail, errors=told)
 
 

@@ -58,6 +58,7 @@ from beavervision.speech import Phone, Speaker, SpeechChunk, write_wav
 
 _EXAMINED_AT_ONCE = 2
 _SPEECH_WAIT_S = 10.0
+_KINDS = {"lipsync": "model", "restore": "face restorer"}
 _FREE_BYTES = 256 << 20  # of disk, beyond the largest upload
 _RETRY_S = (1, 600)  # the least and the most that a client is told to wait
 _RETRY_UNKNOWN_S = 10
@@ -162,7 +163,7 @@ class Service:
         mean_s = self.place.table.figures().work_mean_s
         wait_s = _RETRY_UNKNOWN_S if mean_s is None else round(mean_s / self.settings.serve_workers)
         wait_s = min(max(wait_s, _RETRY_S[0]), _RETRY_S[1])
-        detail = f"{self.settings.serve_queue} jobs wait already. Try again in {wait_s} s."
+        detail = f"The queue is full: {self.settings.serve_queue} may wait. Try again in {wait_s} s."
         return Problem(503, "queue_full", detail, headers={"Retry-After": str(wait_s)})
 
     @contextmanager
@@ -313,11 +314,12 @@ class Service:
 
     def _check_model(self, name: str, kind: str = "lipsync") -> None:
         model = next((m for m in self.models() if m.name == name), None)
-        usable = [m.name for m in self.models() if m.usable and m.kind == kind] or ["none: there is none here"]
+        usable = [m.name for m in self.models() if m.usable and m.kind == kind]
+        use = f"Use one of: {', '.join(usable)}." if usable else "Leave it out: this service has none."
         if model is not None and model.non_commercial and not self.settings.serve_allow_non_commercial:
-            raise LicenceError(f"The model {name} may not be used commercially. Use one of: {', '.join(usable)}.")
+            raise LicenceError(f"The model {name} may not be used commercially. {use}")
         if name not in usable:
-            raise Problem(422, "model", f"There is no model {name!r} here. Use one of: {', '.join(usable)}.")
+            raise Problem(422, "model", f"There is no {_KINDS[kind]} {name!r} here. {use}")
 
     def job(self, job_id: str, owner: str) -> Job:
         """Raises Problem (404) if `owner` has no such job."""

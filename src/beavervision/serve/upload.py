@@ -73,9 +73,8 @@ async def receive(
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise Problem(
-            415, "not_multipart", "Send multipart/form-data with the fields video and text or audio, as curl -F does."
-        )
+        fields = ", ".join((*files, *field_bytes))
+        raise Problem(415, "not_multipart", f"Send multipart/form-data, as curl -F does. Its fields: {fields}.")
     whole_bytes = file_bytes + sum(field_bytes.values()) + _FRAMING_BYTES
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > whole_bytes:

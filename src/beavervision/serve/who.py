@@ -42,12 +42,17 @@ def owner_of(request: Request) -> str:
         # Without keys any web page that the user of this machine opens could call the service: names that resolve to
         # it and foreign origins are kept out.
         if not is_loopback(peer):
-            raise Problem(403, "not_local", "Without API keys the service answers this machine only. Make a key first.")
+            detail = "Without API keys the service answers its own machine only. Its operator can make a key."
+            raise Problem(403, "not_local", detail)
         if not is_loopback(request.url.hostname or ""):
             raise Problem(403, "not_local", "Without API keys address the service as 127.0.0.1 or localhost.")
     origin = request.headers.get("origin")
     if origin and origin not in origins(service) and urlsplit(origin).netloc != request.headers.get("host"):
-        raise Problem(403, "origin", "This web origin may not call the service. Name it in serve_cors_origins.")
+        raise Problem(
+            403,
+            "origin",
+            "This web origin may not call the service. Its operator can allow it with serve_cors_origins.",
+        )
     _slow(service, None, peer)
     return LOCAL
 

@@ -165,7 +165,7 @@ class Speaker:
 
     def _near(self, name: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.4)
-        hint = f" Near it: {', '.join(near)}." if near else f" There are: {', '.join(known[:12])}."
+        hint = f" Near it: {', '.join(near)}." if near else f" There are {len(known)}, such as {', '.join(known[:12])}."
         return hint + "".join(f" {reason}." for reason in self.missing().values())
 
     def _speak(

@@ -155,13 +155,11 @@ def pieces(text: str, *, language: str, voice: str, limit_chars: int, piece_char
     if foreign and len(foreign) > FOREIGN_SHARE * len(letters):
         guess = guess_language("".join(foreign))
         sample = " ".join(dict.fromkeys(foreign[:12]))
-        looks, use = (
-            (f" (looks like {guess[0]})", f"--language {guess[1]}") if guess else ("", "--language with its code")
-        )
+        looks, code = (f" (looks like {guess[0]})", guess[1]) if guess else ("", "its code")
         raise TextError(
             f"The voice {voice} ({language}) cannot say the letters {sample}{looks}. "
-            f"Choose a voice for that language with {use}; most need the extra: "
-            "pip install 'beavervision[languages]'. Or write the text in the voice's language."
+            f"Set the language to {code} (most languages need the extra: pip install 'beavervision[languages]'), "
+            "or write the text in the voice's language."
         )
     out: list[Piece] = []
     carried = ""
