@@ -40,6 +40,8 @@ from beavervision.serve.schema import (
     StatusOut,
     VoiceOut,
     WebhooksOut,
+    file_field,
+    form_body,
     whole_schema,
 )
 from beavervision.serve.service import Service
@@ -64,41 +66,25 @@ _WRONG: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "What is wrong, and what to do.", "content": {problems.MEDIA_TYPE: {}}, "model": ProblemOut},
     "5XX": {"description": "What is wrong, and what to do.", "content": {problems.MEDIA_TYPE: {}}, "model": ProblemOut},
 }
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "anyOf": [{"required": ["video"]}, {"required": ["avatar"]}],
-                    "additionalProperties": False,
-                    "properties": {
-                        "avatar": {"type": "string", "description": "The id of an avatar. Either this or video."},
-                        "video": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "A video or picture of the face. Either this or avatar.",
-                        },
-                        "text": {"type": "string", "description": "What to say. Either this or audio."},
-                        "audio": {"type": "string", "format": "binary", "description": "Recorded speech to follow."},
-                        "settings": whole_schema(LipsyncSettings),
-                        "webhook": {
-                            "type": "string",
-                            "maxLength": 2000,
-                            "description": "An https address that is told of the job's end; see docs/service.md.",
-                        },
-                        "consent": {
-                            "type": "boolean",
-                            "description": "You have the right to use this face and voice. Required unless configured off.",
-                        },
-                    },
-                },
-                "encoding": {"settings": {"contentType": "application/json"}},
-            }
+_FORM = form_body(
+    {
+        "avatar": {"type": "string", "description": "The id of an avatar. Either this or video."},
+        "video": file_field("A video or picture of the face. Either this or avatar."),
+        "text": {"type": "string", "description": "What to say. Either this or audio."},
+        "audio": file_field("Recorded speech to follow."),
+        "settings": whole_schema(LipsyncSettings),
+        "webhook": {
+            "type": "string",
+            "maxLength": 2000,
+            "description": "An https address that is told of the job's end; see docs/service.md.",
         },
-    }
-}
+        "consent": {
+            "type": "boolean",
+            "description": "You have the right to use this face and voice. Required unless configured off.",
+        },
+    },
+    anyOf=[{"required": ["video"]}, {"required": ["avatar"]}],
+)
 
 
 def create_app(service: Service) -> FastAPI:

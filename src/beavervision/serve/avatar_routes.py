@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 from beavervision.serve import problems
 from beavervision.serve.jobs import State
 from beavervision.serve.problems import Problem
-from beavervision.serve.schema import FACE, AvatarOut
+from beavervision.serve.schema import FACE, AvatarOut, file_field, form_body
 from beavervision.serve.service import Service
 from beavervision.serve.upload import Intake
 from beavervision.serve.waiting import ended, preferred
@@ -19,33 +19,18 @@ from beavervision.serve.who import Owner
 
 AVATARS = "/api/v1/avatars"
 _FIELD_BYTES = {"name": 400, "face": 64, "consent": 16}
-_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["video"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "video": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "A video or picture of the face.",
-                        },
-                        "name": {"type": "string", "maxLength": 100, "description": "For your own use."},
-                        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
-                        "consent": {
-                            "type": "boolean",
-                            "description": "You have the right to use this face. Required unless configured off.",
-                        },
-                    },
-                }
-            }
+_FORM = form_body(
+    {
+        "video": file_field("A video or picture of the face."),
+        "name": {"type": "string", "maxLength": 100, "description": "For your own use."},
+        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
+        "consent": {
+            "type": "boolean",
+            "description": "You have the right to use this face. Required unless configured off.",
         },
-    }
-}
+    },
+    required=["video"],
+)
 AvatarId = Annotated[str, Path(pattern=r"^[0-9a-f]{24}$", description="The id of an avatar.")]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
 from beavervision.serve.problems import Problem, of_validation
-from beavervision.serve.schema import FACE, PreviewSettings
+from beavervision.serve.schema import FACE, PreviewSettings, file_field, form_body
 from beavervision.serve.service import Service
 from beavervision.serve.upload import Intake, Upload
 from beavervision.serve.who import Owner
@@ -19,31 +18,16 @@ from beavervision.serve.who import Owner
 PREVIEW = "/api/v1/expressions/preview"
 _PICTURE_BYTES = 4 << 20
 _FIELD_BYTES = {"expression": 4000, "face": 64, "view": 16, "side_px": 8}
-_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["video", "expression"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "video": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "A picture of the face, of up to 4 MiB and 1280 pixels a side.",
-                        },
-                        "expression": {"type": "string", "maxLength": 1000, "description": "As in jobs: happy:0.6"},
-                        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
-                        "view": {"type": "string", "enum": ["picture", "face"]},
-                        "side_px": {"type": "integer", "minimum": 64, "maximum": 1280},
-                    },
-                }
-            }
-        },
-    }
-}
+_FORM = form_body(
+    {
+        "video": file_field("A picture of the face, of up to 4 MiB and 1280 pixels a side."),
+        "expression": {"type": "string", "maxLength": 1000, "description": "As in jobs: happy:0.6"},
+        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
+        "view": {"type": "string", "enum": ["picture", "face"]},
+        "side_px": {"type": "integer", "minimum": 64, "maximum": 1280},
+    },
+    required=["video", "expression"],
+)
 
 
 def add_previews(app: FastAPI, service: Service) -> None:

@@ -293,6 +293,23 @@ def whole_schema(model: type[BaseModel]) -> dict[str, Any]:
     return whole
 
 
+def file_field(description: str) -> dict[str, Any]:
+    return {"type": "string", "format": "binary", "description": description}
+
+
+def form_body(
+    fields: dict[str, dict[str, Any]], *, or_json: dict[str, Any] | None = None, **schema: Any
+) -> dict[str, Any]:
+    """For the OpenAPI document: a body that is a multipart form with these fields and no others, or JSON as `or_json` says."""
+    form: dict[str, Any] = {
+        "schema": {"type": "object", "additionalProperties": False, "properties": fields, **schema},
+    }
+    if "settings" in fields:
+        form["encoding"] = {"settings": {"contentType": "application/json"}}
+    content = {"multipart/form-data": form} | ({} if or_json is None else {"application/json": {"schema": or_json}})
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def job_out(job: Job, base: str, video_url: str | None, expires_s: float | None) -> JobOut:
     """`base` is the job's own address."""
     left = None

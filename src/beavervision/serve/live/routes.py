@@ -41,6 +41,7 @@ from beavervision.serve.live.schema import (
     SessionsOut,
 )
 from beavervision.serve.problems import Problem, of_validation
+from beavervision.serve.schema import file_field, form_body
 from beavervision.serve.service import Service
 from beavervision.serve.upload import Intake
 from beavervision.serve.who import Owner, owner_of
@@ -61,29 +62,12 @@ Way = Annotated[Literal["whep", "whip"], Path()]
 Scope = Literal["watch", "speak"]
 Expires = Annotated[int | None, Query(ge=0, lt=2**53)]
 Signature = Annotated[str | None, Query(max_length=64)]
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": SessionSettings.model_json_schema()},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["video"],
-                    "properties": {
-                        "video": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "A video or picture of the face.",
-                        },
-                        "settings": SessionSettings.model_json_schema(),
-                    },
-                },
-                "encoding": {"settings": {"contentType": "application/json"}},
-            },
-        },
-    }
-}
+_SETTINGS = SessionSettings.model_json_schema()
+_FORM = form_body(
+    {"video": file_field("A video or picture of the face."), "settings": _SETTINGS},
+    or_json=_SETTINGS,
+    required=["video"],
+)
 _OFFER = {"requestBody": {"required": True, "content": {_SDP: {"schema": {"type": "string"}}}}}
 
 
