@@ -30,8 +30,8 @@ from beavervision.serve.app import create_app
 from beavervision.serve.live.rooms import Rooms
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
+from tests.answers import PATIENCE_S, Answer, multipart, until
 
-PATIENCE_S = 60.0
 FLASH_EVERY = 12  # pictures
 SIZE = 96
 
@@ -147,17 +147,6 @@ def flash(rooms: Rooms, limit: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass(slots=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-@dataclass(slots=True)
 class LiveServer:
     port: int
     service: Service
@@ -182,12 +171,9 @@ class LiveServer:
         return opened
 
     def form(self, face: bytes | None, **settings: Any) -> Answer:
-        line = "--xyz\r\nContent-Disposition: form-data; name="
-        parts = [f'{line}"settings"\r\n\r\n{json.dumps({"consent": True} | settings)}\r\n'.encode()]
-        if face is not None:
-            parts.append(f'{line}"video"; filename="x"\r\n\r\n'.encode() + face + b"\r\n")
-        body = b"".join(parts) + b"--xyz--\r\n"
-        return self.call("POST", "/api/v1/sessions", body, "multipart/form-data; boundary=xyz")
+        fields: dict[str, bytes | str] = {"settings": json.dumps({"consent": True} | settings)}
+        body, kind = multipart(fields | ({} if face is None else {"video": face}))
+        return self.call("POST", "/api/v1/sessions", body, kind)
 
     def source(self, session: dict[str, Any]) -> Flashes:
         """What is behind a session, of flashing ones."""
@@ -233,13 +219,6 @@ def served(folder: Path, *, flashing: bool, **settings: Any) -> Iterator[LiveSer
             server.should_exit = True
             thread.join(PATIENCE_S)
             service.close()
-
-
-def until(true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
-    deadline_s = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.02)
 
 
 async def until_async(true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:

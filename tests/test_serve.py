@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -33,21 +32,10 @@ from beavervision.serve.jobs import JobTable, State
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
 from beavervision.stages.decode import probe
+from tests.answers import PATIENCE_S, Answer, multipart, until
 
 LONG = "Papa moved away, and nobody ever asked him why he did so. " * 30
-PATIENCE_S = 60.0  # for what takes a second on a free machine
 UPLOAD_MB = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 @dataclass(slots=True)
@@ -91,24 +79,6 @@ class Server:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def multipart(fields: dict[str, bytes | str]) -> tuple[bytes, str]:
-    boundary = secrets.token_hex(8)
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
-        + (b'; filename="../../x.mp4"\r\n\r\n' + value if isinstance(value, bytes) else b"\r\n\r\n" + value.encode())
-        + b"\r\n"
-        for name, value in fields.items()
-    ]
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
-
-
-def until(true: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-    deadline_s = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def started(folder: Path, **settings: str) -> Server:

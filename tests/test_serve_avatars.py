@@ -24,7 +24,8 @@ from beavervision.serve.place import Place
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
 from beavervision.stages.detect import FaceChoice, Survey
-from tests.test_serve import Server, face, multipart, started, until
+from tests.answers import multipart, until
+from tests.test_serve import Server, face, started
 
 __all__ = ["face"]  # a fixture
 

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from beavervision.evaluate.samples import portrait as sample_portrait
+from tests.answers import multipart, until
 from tests.media_factory import beeps, make_sound
-from tests.test_serve import Server, multipart, started, until
+from tests.test_serve import Server, started
 
 SHORT, WHOLE = 3, 40  # requests for an operation, of each kind
 ERRORS_THAT_PASS = ("queue_full", "busy")  # 503 with Retry-After: what the service says when it has enough to do

@@ -23,8 +23,9 @@ pytest.importorskip("fastapi", reason="the service needs the extra serve")
 from beavervision.media import F32, Picture
 from beavervision.stages.decode import from_rgb
 from tests import faces
+from tests.answers import until
 from tests.media_factory import beeps, make_sound, make_video
-from tests.test_serve import Server, started, until
+from tests.test_serve import Server, started
 
 FEW, MANY = 30, 200
 RATE_HZ = 16_000

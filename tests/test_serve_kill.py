@@ -21,7 +21,8 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the service needs the extra serve")
 
 from beavervision.evaluate.samples import portrait as sample_portrait
-from tests.test_serve import LONG, Server, drawing, started, until
+from tests.answers import until
+from tests.test_serve import LONG, Server, drawing, started
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc and mounts")
 

@@ -35,7 +35,8 @@ from beavervision.serve.live import room as room_module
 from beavervision.serve.problems import Problem
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
-from tests.live_server import SIZE, LiveServer, Viewer, served, until, until_async
+from tests.answers import until
+from tests.live_server import SIZE, LiveServer, Viewer, served, until_async
 
 BASE = "/api/v1/sessions"
 

@@ -28,7 +28,8 @@ pytest.importorskip("aiortc", reason="live sessions need the extra live")
 from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from tests.live_server import LiveServer, served, until
+from tests.answers import until
+from tests.live_server import LiveServer, served
 
 TURN = shutil.which("turnserver")
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")

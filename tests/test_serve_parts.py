@@ -33,8 +33,8 @@ from beavervision.serve.place import Place, Task
 from beavervision.serve.storage import LocalStorage
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
+from tests.answers import until
 from tests.media_factory import beeps, make_sound, make_video
-from tests.test_serve import until
 
 LIMITS = Limits(side_px=200, seconds=10)
 

@@ -26,7 +26,8 @@ from beavervision.errors import UsageError
 from beavervision.serve import exposition, telemetry
 from beavervision.serve.telemetry import Traces, set_up_logs
 from beavervision.settings import Settings
-from tests.test_serve import face, started, until
+from tests.answers import until
+from tests.test_serve import face, started
 
 __all__ = ["face"]  # a fixture
 

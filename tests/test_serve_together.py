@@ -13,7 +13,8 @@ pytest.importorskip("pg8000", reason="needs the extra postgres")
 pytest.importorskip("google.cloud.storage", reason="needs the extra gcp")
 pytest.importorskip("gcp_storage_emulator.server", reason="needs the extra dev")
 
-from tests.test_serve import face, started, until
+from tests.answers import until
+from tests.test_serve import face, started
 from tests.test_serve_bucket import gcs, names, pytestmark
 from tests.test_serve_postgres import database
 

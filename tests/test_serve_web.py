@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import re
-import secrets
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,21 +22,11 @@ from beavervision.serve.app import create_app
 from beavervision.serve.preview import Previewer
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
+from tests.answers import Answer, multipart
 
 WEB = files("beavervision") / "serve" / "web"
 NAMES = sorted(entry.name for entry in WEB.iterdir())
 PREVIEW = "/api/v1/expressions/preview"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 class Client:
@@ -79,13 +66,8 @@ class Client:
         return Answer(sent[0]["status"], head, b"".join(m.get("body", b"") for m in sent[1:]))
 
     def preview(self, picture: bytes, **fields: str) -> Answer:
-        boundary = secrets.token_hex(8)
-        fields = {"expression": "happy:0.8", **fields}
-        parts = [f'name="{name}"\r\n\r\n{value}'.encode() for name, value in fields.items()]
-        parts.append(b'name="video"; filename="x"\r\n\r\n' + picture)
-        head = f"--{boundary}\r\nContent-Disposition: form-data; ".encode()
-        body = b"".join(head + part + b"\r\n" for part in parts) + f"--{boundary}--\r\n".encode()
-        return self.call("POST", PREVIEW, body, content_type=f"multipart/form-data; boundary={boundary}")
+        body, kind = multipart({"expression": "happy:0.8", **fields, "video": picture})
+        return self.call("POST", PREVIEW, body, content_type=kind)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from beavervision.serve.access import Audit
 from beavervision.serve.jobs import Job, JobTable, NewJob, State, new_id
 from beavervision.serve.problems import Problem
 from beavervision.serve.webhooks import Target, Webhooks, secret_of
-from tests.test_serve import face, started, until
+from tests.answers import until
+from tests.test_serve import face, started
 
 __all__ = ["face"]  # a fixture
 
