@@ -20,6 +20,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra serve")
 from beavervision.evaluate.samples import portrait as sample_portrait
 from beavervision.serve.app import create_app
 from beavervision.serve.preview import Previewer
+from beavervision.serve.schema import JobOut, LipsyncSettings, ProblemOut
 from beavervision.serve.service import Service
 from beavervision.settings import Settings
 from tests.answers import Answer, multipart
@@ -155,6 +156,29 @@ def test_nothing_is_loaded_from_elsewhere(name: str) -> None:
     assert not elsewhere
     for imported in re.findall(r'(?:from|import) "\./([^"]+)"', text):
         assert imported in NAMES
+
+
+def test_the_description_has_examples_that_hold(client: Client) -> None:
+    document = client.call("GET", "/api/v1/openapi.json").json
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    for operation in operations:
+        problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemOut"}}}
+        assert operation["responses"]["4XX"]["content"] == operation["responses"]["5XX"]["content"] == problem
+    for path in ("/api/v1/lipsync", "/api/v1/avatars", PREVIEW):
+        form = document["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+        told = {name: field for name, field in form["properties"].items() if field["type"] == "string"}
+        unexplained = [n for n, f in told.items() if not f.keys() & {"format", "enum", "examples"}]
+        assert not unexplained, path
+    settings = document["paths"]["/api/v1/lipsync"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    for example in settings["properties"]["settings"]["examples"]:
+        LipsyncSettings.model_validate(example)
+    for example in document["components"]["schemas"]["ProblemOut"]["examples"]:
+        ProblemOut.model_validate(example)
+    for example in document["components"]["schemas"]["JobOut"]["examples"]:
+        progress = {"step": None, "remaining_s": None} | example["progress"]
+        JobOut.model_validate({"error": None} | example | {"progress": progress})
+    events = document["paths"]["/api/v1/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
+    assert list(events) == ["text/event-stream"]
 
 
 def test_the_limits_are_told(client: Client) -> None:

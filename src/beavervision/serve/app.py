@@ -63,23 +63,36 @@ _LOG = logging.getLogger("beavervision.serve")
 
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{24}$", description="The id of a job.")]
 _WRONG: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "What is wrong, and what to do.", "content": {problems.MEDIA_TYPE: {}}, "model": ProblemOut},
-    "5XX": {"description": "What is wrong, and what to do.", "content": {problems.MEDIA_TYPE: {}}, "model": ProblemOut},
+    status: {
+        "description": "What is wrong, and what to do.",
+        "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemOut"}}},
+    }
+    for status in ("4XX", "5XX")
 }
 _FORM = form_body(
     {
-        "avatar": {"type": "string", "description": "The id of an avatar. Either this or video."},
+        "avatar": {
+            "type": "string",
+            "description": "The id of an avatar. Either this or video.",
+            "examples": ["92f5f494a7aae89fdd398f2f"],
+        },
         "video": file_field("A video or picture of the face. Either this or avatar."),
-        "text": {"type": "string", "description": "What to say. Either this or audio."},
+        "text": {
+            "type": "string",
+            "description": "What to say. Either this or audio.",
+            "examples": ["Hello there."],
+        },
         "audio": file_field("Recorded speech to follow."),
         "settings": whole_schema(LipsyncSettings),
         "webhook": {
             "type": "string",
             "maxLength": 2000,
             "description": "An https address that is told of the job's end; see docs/service.md.",
+            "examples": ["https://example.org/told"],
         },
         "consent": {
             "type": "boolean",
+            "examples": [True],
             "description": "You have the right to use this face and voice. Required unless configured off.",
         },
     },
@@ -87,9 +100,17 @@ _FORM = form_body(
 )
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        # FastAPI would describe a model of another media type as JSON
+        document["components"]["schemas"]["ProblemOut"] = ProblemOut.model_json_schema()
+        return document
+
+
 def create_app(service: Service) -> FastAPI:
     """The application. It neither starts nor stops the workers of `service`."""
-    app = FastAPI(
+    app = _App(
         title="BeaverVision",
         version="1",
         description="Give a face speech: text or sound plus a face in, a video of that face saying it out.",
@@ -214,7 +235,11 @@ def _add_jobs(app: FastAPI, service: Service, intake: Intake) -> None:
         """Stop a job if it has not ended, and remove everything of it."""
         service.delete(job_id, who)
 
-    @app.get(f"{_API}/jobs/{{job_id}}/events", response_class=StreamingResponse)
+    @app.get(
+        f"{_API}/jobs/{{job_id}}/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def events(job_id: JobId, request: Request, who: Owner) -> StreamingResponse:
         """Server-sent events `job`, each with the job as JSON, at every change until it has ended."""
         first = await run_in_threadpool(service.job, job_id, who)
@@ -239,7 +264,14 @@ def _add_jobs(app: FastAPI, service: Service, intake: Intake) -> None:
         return StreamingResponse(told(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.head(f"{_API}/jobs/{{job_id}}/result", include_in_schema=False)
-    @app.get(f"{_API}/jobs/{{job_id}}/result", response_class=FileResponse)
+    @app.get(
+        f"{_API}/jobs/{{job_id}}/result",
+        response_class=FileResponse,
+        responses={
+            200: {"content": {"video/mp4": {}}},
+            206: {"content": {"video/mp4": {}}, "description": "The range that was asked for."},
+        },
+    )
     def result(
         job_id: JobId,
         request: Request,

@@ -22,10 +22,11 @@ _FIELD_BYTES = {"name": 400, "face": 64, "consent": 16}
 _FORM = form_body(
     {
         "video": file_field("A video or picture of the face."),
-        "name": {"type": "string", "maxLength": 100, "description": "For your own use."},
-        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
+        "name": {"type": "string", "maxLength": 100, "description": "For your own use.", "examples": ["Ann"]},
+        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs.", "examples": ["left"]},
         "consent": {
             "type": "boolean",
+            "examples": [True],
             "description": "You have the right to use this face. Required unless configured off.",
         },
     },

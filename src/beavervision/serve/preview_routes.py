@@ -21,8 +21,8 @@ _FIELD_BYTES = {"expression": 4000, "face": 64, "view": 16, "side_px": 8}
 _FORM = form_body(
     {
         "video": file_field("A picture of the face, of up to 4 MiB and 1280 pixels a side."),
-        "expression": {"type": "string", "maxLength": 1000, "description": "As in jobs: happy:0.6"},
-        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs."},
+        "expression": {"type": "string", "maxLength": 1000, "description": "As in jobs.", "examples": ["happy:0.6"]},
+        "face": {"type": "string", "pattern": FACE, "description": "Which face, as in jobs.", "examples": ["left"]},
         "view": {"type": "string", "enum": ["picture", "face"]},
         "side_px": {"type": "integer", "minimum": 64, "maximum": 1280},
     },

@@ -141,6 +141,30 @@ class ErrorOut(BaseModel):
 class JobOut(BaseModel):
     """A job. `video_url` is there once it has succeeded; it is signed and expires."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [  # null is left out of the document
+                {
+                    "id": "eccb2bf7c602e6563ddad14f",
+                    "kind": "lipsync",
+                    "state": "succeeded",
+                    "created": "2026-01-31T12:00:00Z",
+                    "started": "2026-01-31T12:00:01Z",
+                    "ended": "2026-01-31T12:00:06Z",
+                    "attempts": 1,
+                    "progress": {"stage": "done", "pictures": 250, "pictures_expected": 250, "pictures_per_s": 50.0},
+                    "video_url": "https://faces.example/api/v1/jobs/eccb2bf7c602e6563ddad14f/result?expires=1769864406&signature=5f",
+                    "video_url_expires": "2026-01-31T13:00:06Z",
+                    "seconds": 10.0,
+                    "links": {
+                        "self": "/api/v1/jobs/eccb2bf7c602e6563ddad14f",
+                        "result": "/api/v1/jobs/eccb2bf7c602e6563ddad14f/result",
+                    },
+                }
+            ]
+        }
+    )
+
     id: str
     kind: Literal["lipsync", "avatar"] = Field(description="Whether it makes a video, or looks at an avatar.")
     state: State
@@ -269,6 +293,20 @@ class Health(BaseModel):
 
 class ProblemOut(BaseModel):
     """RFC 9457."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:beavervision:problem:text",
+                    "title": "Unprocessable Entity",
+                    "status": 422,
+                    "detail": "The text is empty. Give at least one word to say.",
+                    "code": "text",
+                }
+            ]
+        }
+    )
 
     type: str
     title: str
