@@ -511,6 +511,12 @@ def test_a_phone_shows_all_of_it(visit: Callable[..., Page], server: Server, fac
     made(page)
     expect(page.locator("#chart-stages rect").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    rows = page.evaluate(
+        """() => [...document.querySelectorAll("#jobs li")]
+          .map((li) => new Set([...li.querySelectorAll("a, button")].map((e) => e.offsetTop)).size)"""
+    )
+    if width == 375:  # what can be done with a job stands in one line
+        assert set(rows) == {1}
     small = page.evaluate(
         """() => [...document.querySelectorAll("button, a.button, select, input:not([hidden])")]
           .map((e) => [e.id || e.textContent, e.getBoundingClientRect()])

@@ -15,7 +15,7 @@ const LABEL_CHARS = 80;
 
 /** Remember in this tab what a job was about; the service does not tell texts. */
 export function label(id, text) {
-  session.set(`job-${id}`, text.slice(0, LABEL_CHARS));
+  session.set(`job-${id}`, text.length > LABEL_CHARS ? `${text.slice(0, LABEL_CHARS - 1).trimEnd()}…` : text);
 }
 
 export class History {
