@@ -21,7 +21,8 @@ _RING_EYES = (0.15, 0.5)  # from the outer lip line to the ring's edges, in eye 
 _FEATHER_EYES, _LINE_EYES = 0.03, 0.03
 _OPEN = 0.06  # inner lip gap in mouth widths, from which there is an opening to look at
 _LEAST_PX = 16
-_EVERY = 4  # one in so many pictures is measured
+_EVERY = 4  # one in so many pictures is measured, at most
+_EVERY_PX = 54.0  # of eye distance, for each of them: what is small is quickly measured, and jumps more
 _PACE = 0.8  # of the controls, for each that is
 _OWN_PACE = 0.6  # of the running mean of the person's own detail, which goes with what the mouth does
 _GLIDE = 0.85  # of the way to where the controls shall be, for each picture: they must not be seen to step
@@ -68,10 +69,11 @@ class MouthDetail:
     def matched(self, picture: Picture, patch: Patch, tracked_px: F32, drawn_px: F32) -> Patch:
         """`patch`, for `picture` whose face lies at `tracked_px`, drawn with `drawn_px` (478, 3), with the right detail."""
         first = self._count == 0
-        look = self._count % _EVERY == 0
+        every = int(np.clip(round(_eyes(tracked_px) / _EVERY_PX), 1, _EVERY))
+        look = self._count % every == 0
         self._count += 1
         if look:
-            pace = max(_OWN_PACE, _EVERY / (_EVERY + self._count))
+            pace = max(_OWN_PACE, every / (every + self._count))
             self._own = self._own.toward(_detail(picture, None, tracked_px), pace)
         opens = not self._opened and self._own.opening is not None and mesh.opening(drawn_px) > _OPEN
         self._opened |= opens
@@ -91,10 +93,10 @@ class MouthDetail:
         unknown = self._own.opening is None
         opening = max(_missing(0.0, made.opening), 0.0) if unknown else _missing(self._own.opening, made.opening)
         lips, mouth = _missing(self._own.lips, made.lips), _missing(self._own.mouth, made.mouth)
-        # The mouth as a whole decides. Sharp lips are softened only if it is too sharp, and help out where it is still too soft; an
-        # opening that is seen is sharpened only if it is not.
+        # Sharp lips are softened only if the mouth as a whole is too sharp, and help out where it is still too soft; an opening that is
+        # seen helps out too, and is softened no more than the whole is too sharp.
         lips = min(lips, mouth) if mouth < 0 else max(lips, _HELP * mouth)
-        opening = min(opening, mouth) if mouth < 0 and made.opening is not None else opening
+        opening = max(opening, mouth) if made.opening is not None else opening
         self._opening_to = _stepped(self._opening, opening_pace * opening, _SHARPEN)
         self._lips_to = _stepped(self._lips, lips_pace * lips, _SHARPEN_LIPS)
 
@@ -107,7 +109,7 @@ class MouthDetail:
         rows, columns = box
         at = patch.y[rows, columns]
         origin = np.array([patch.region.x_px + columns.start, patch.region.y_px + rows.start], np.float32)
-        feather = (2 * round(_FEATHER_EYES * eyes_px) + 3,) * 2
+        feather = (2 * max(round(_FEATHER_EYES * eyes_px), 1) + 1,) * 2
         inside, outside = (
             cv2.blur(filled(points_px[ring, :2] - origin, at.shape), feather).astype(np.float32) * np.float32(1 / 255)
             for ring in (mesh.INNER_LIP, mesh.OUTER_LIP)
