@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 
@@ -101,6 +102,24 @@ def test_a_blink_shuts_the_eyes() -> None:
         return float((points[[145, 374], 1] - points[[159, 386], 1]).mean())
 
     assert gap(made(look(eyeBlink=1.0))) < 0.5 * gap(portrait())
+
+
+def test_a_small_blink_is_a_large_one_made_small() -> None:
+    def sized(picture: Picture, by: float, how: int) -> Picture:
+        y, u, v = (
+            np.asarray(cv2.resize(plane, None, fx=by, fy=by, interpolation=how), np.uint8)
+            for plane in (picture.y, picture.u, picture.v)
+        )
+        return Picture(y, u, v, picture.color)
+
+    shut, points = look(eyeBlink=1.0), face().points_px
+    large = sized(portrait(), 4, cv2.INTER_CUBIC)
+    smooth = sized(expressed(large, points * np.float32(4), shut, STILL, load_basis()), 0.25, cv2.INTER_AREA)
+    difference = made(shut).y.astype(np.float32) - smooth.y
+    for corners in ((33, 133), (362, 263)):
+        (left, top), (right, bottom) = np.round(points[list(corners), :2]).astype(int)
+        lids = difference[min(top, bottom) - 4 : max(top, bottom) + 8, left:right]
+        assert np.sqrt((lids**2).mean()) < 7.1, "a lash line in steps"
 
 
 def test_a_blink_is_no_squint() -> None:

@@ -175,9 +175,9 @@ class _Warp:
             x, y, where, _ = places.box(*_in_twos(eye.box(self._moved_at(eye.middle))))
             where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4].copy()
             if where.size:
-                ball = eye.place(where)
+                layers = eye.place(where)
                 planes.draw(x, y, where, _halved(where))
-                for layer in ball:
+                for layer in layers:
                     planes.draw(x + layer.x, y + layer.y, layer.where, _halved(layer.where), layer.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
@@ -319,6 +319,7 @@ _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye dis
 _SHADE = 0.045  # how far the upper lid shades the eyeball, in eye distances: what is bared is not taken from there
 _REACH = 0.6  # of the way from the upper lid to the brow, how far its skin moves: a crease higher up, or a frame of glasses, stays
 _BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made up
+_MEETS = 0.5  # of the gap, from where on the lids may meet
 _PARTS = 256  # of an eye's length, for each of which the lids' heights are told
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
@@ -378,7 +379,7 @@ class _Eye:
                 changed.
 
         Returns:
-            The eyeball, to be drawn over it.
+            The line along which shut lids meet, and the eyeball, to be drawn over it.
         """
         y, fall, rise, seam = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
@@ -386,17 +387,28 @@ class _Eye:
         # Evenly over the lid's length: stretched most beside the lashes, their dark line would cover the whole lid.
         over = _unit(y * np.float32(1 / (self.above_px + most)) + 1)
         under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
-        skin = np.where(y < seam, -fall * over, rise * under)
+        lids = (-fall * over, rise * under)
+        skin = np.where(y < seam, *lids)
         alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
+        meets = self.close_upper + self.close_lower > _MEETS
+        if meets:  # they may be less than a pixel apart
+            alpha = np.minimum(alpha, _unit(seam - margin))
         shown = _within(alpha > 0)
-        ball = (
+        layers = (
             ()
             if shown is None
             else self._ball(shown, *(plane[shown] for plane in (source, y, fall, rise, seam, alpha)))
         )
+        if meets:
+            # Where the lids meet, the pixels that both of them cover show both.
+            both = _unit(np.minimum(np.float32(0.5) - np.abs(y - seam), np.float32(1) + margin - seam))
+            met = _within(both > 0)
+            if met is not None:
+                other = np.where(y[met] < seam[met], lids[1][met], lids[0][met])[..., None] * self.down
+                layers = (_Layer.of(met, np.asarray(source[met] + other, np.float32), both[met]), *layers)
         source[..., 0] += skin * self.down[0]
         source[..., 1] += skin * self.down[1]
-        return ball
+        return layers
 
     def _lids(self, source: F32) -> tuple[F32, F32, F32, F32]:
         """For places (h, w, 2), all (h, w): y against the new upper lid, how far the lids move towards each other, and where the
