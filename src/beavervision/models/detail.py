@@ -93,8 +93,8 @@ class MouthDetail:
         unknown = self._own.opening is None
         opening = max(_missing(0.0, made.opening), 0.0) if unknown else _missing(self._own.opening, made.opening)
         lips, mouth = _missing(self._own.lips, made.lips), _missing(self._own.mouth, made.mouth)
-        # Sharp lips are softened only if the mouth as a whole is too sharp, and help out where it is still too soft; an opening that is
-        # seen helps out too, and is softened no more than the whole is too sharp.
+        # Sharp lips are softened only if the mouth as a whole is too sharp, and help out where it is still too soft; an opening
+        # that is seen helps out too, and is softened no more than the whole is too sharp.
         lips = min(lips, mouth) if mouth < 0 else max(lips, _HELP * mouth)
         opening = max(opening, mouth) if made.opening is not None else opening
         self._opening_to = _stepped(self._opening, opening_pace * opening, _SHARPEN)
