@@ -134,7 +134,7 @@ class Peer:
     def __init__(self, network: Network, on_closed: Callable[[Peer], None]) -> None:
         self.pc = RTCPeerConnection(network.configuration())
         # aiortc has no option for it.
-        self.pc._RTCPeerConnection__certificates = [_Certificate.generateCertificate()]
+        self.pc._RTCPeerConnection__certificates = [_Certificate.generateCertificate()]  # type: ignore[attr-defined]
         self._network, self._on_closed = network, on_closed
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
