@@ -160,6 +160,8 @@ def test_nothing_is_loaded_from_elsewhere(name: str) -> None:
 
 def test_the_description_has_examples_that_hold(client: Client) -> None:
     document = client.call("GET", "/api/v1/openapi.json").json
+    assert document["security"] == [{"key": []}, {}], "a key, or none where there are none"
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     for operation in operations:
         problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemOut"}}}
