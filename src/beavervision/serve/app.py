@@ -105,7 +105,11 @@ class _App(FastAPI):
         document = super().openapi()
         # FastAPI would describe a model of another media type as JSON
         document["components"]["schemas"]["ProblemOut"] = ProblemOut.model_json_schema()
-        key = {"type": "http", "scheme": "bearer", "description": "An API key. Where the service has none, none is needed."}
+        key = {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "An API key. Where the service has none, none is needed.",
+        }
         document["components"]["securitySchemes"] = {"key": key}
         document["security"] = [{"key": []}, {}]
         return document
