@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from beavervision.serve.loadtest import form
 
 PATIENCE_S = 60.0  # for what takes a second on a free machine
 
@@ -24,15 +25,8 @@ class Answer:
 
 
 def multipart(fields: dict[str, bytes | str]) -> tuple[bytes, str]:
-    """A form, its files those fields that are bytes, and its content type."""
-    boundary = secrets.token_hex(8)
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
-        + (b'; filename="../../x.mp4"\r\n\r\n' + value if isinstance(value, bytes) else b"\r\n\r\n" + value.encode())
-        + b"\r\n"
-        for name, value in fields.items()
-    ]
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+    """A form with a hostile name for each file, and its content type."""
+    return form(fields, "../../x.mp4")
 
 
 def until(true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:

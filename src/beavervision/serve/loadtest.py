@@ -239,7 +239,7 @@ class _Crowd:
 
     def __init__(self, client: _Client, face: bytes, text: str) -> None:
         self._client = client
-        self._body, self._kind = _form({"video": face, "text": text, "consent": "true"})
+        self._body, self._kind = form({"video": face, "text": text, "consent": "true"})
         self._lock = threading.Lock()
         self._seen = _Seen()
         self.usual_s = math.inf  # the latency of a job alone
@@ -485,15 +485,15 @@ class _Client:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _form(fields: dict[str, bytes | str]) -> tuple[bytes, str]:
+def form(fields: dict[str, bytes | str], filename: str = "face") -> tuple[bytes, str]:
+    """The fields as a multipart form, those that are bytes as files, and its content type."""
     boundary = secrets.token_hex(16)
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
-        + (b'; filename="face"\r\n\r\n' + value if isinstance(value, bytes) else b"\r\n\r\n" + value.encode())
-        + b"\r\n"
-        for name, value in fields.items()
-    ]
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+    body = b""
+    for name, value in fields.items():
+        name_of_file, content = ("", value.encode()) if isinstance(value, str) else (f'; filename="{filename}"', value)
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{name_of_file}\r\n\r\n'.encode()
+        body += content + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
 # Figures -----------------------------------------------------------------------------------------

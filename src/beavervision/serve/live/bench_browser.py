@@ -26,7 +26,8 @@ _POLL_S = 0.05
 BETWEEN_S = 0.2  # two flashes or two beeps, at least
 
 # `look(n)` begins to note: when sound was heard first, and the pictures until `n` after that, in grey, each with the time at
-# which it is to be seen; the first of them and the last are kept. Times are those of performance.now(), in ms.
+# which it is to be seen; the first of them and the last are kept. `marks`, unless null, gets when white pictures are to be seen,
+# and when tones leave the device, for which Chromium lets the pictures wait. Times are those of performance.now(), in ms.
 _PAGE = """async () => {
   const video = document.body.appendChild(document.createElement("video"));
   video.autoplay = true;
@@ -41,15 +42,17 @@ _PAGE = """async () => {
 
   window.look = (after) => { window.seen = { heard: null, pictures: [], after }; };
   window.look(0);
-  window.marks = { flashes: [], beeps: [] };
+  window.marks = null;
   const mark = (list, at) => { if (!list.length || at - list.at(-1) > BETWEEN) list.push(at); };
   const thumbnail = new OffscreenCanvas(8, 8).getContext("2d", { willReadFrequently: true });
   let canvas = null;
   const shown = (now, { width, height, expectedDisplayTime }) => {
     const seen = window.seen;
-    thumbnail.drawImage(video, 0, 0, 8, 8);
-    const light = thumbnail.getImageData(0, 0, 8, 8).data.reduce((sum, v, i) => sum + v * [77, 150, 29, 0][i % 4], 0);
-    if (light / 256 / 64 > 200) mark(window.marks.flashes, expectedDisplayTime);
+    if (window.marks) {
+      thumbnail.drawImage(video, 0, 0, 8, 8);
+      const light = thumbnail.getImageData(0, 0, 8, 8).data.reduce((sum, v, i) => sum + v * [77, 150, 29, 0][i % 4], 0);
+      if (light / 256 / 64 > 200) mark(window.marks.flashes, expectedDisplayTime);
+    }
     if (seen.heard === null || seen.after > 0) {
       canvas ??= new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
       canvas.drawImage(video, 0, 0);
@@ -75,7 +78,7 @@ _PAGE = """async () => {
       const loud = Math.sqrt(wave.reduce((sum, v) => sum + v * v, 0) / wave.length) > 0.01;
       const now = performance.now();
       if (loud) window.seen.heard ??= now;
-      const tone = wave.findIndex((v) => Math.abs(v) > 0.2);
+      const tone = window.marks ? wave.findIndex((v) => Math.abs(v) > 0.2) : -1;
       if (tone >= 0) mark(window.marks.beeps, now + 1000 * (context.outputLatency - (wave.length - tone) / context.sampleRate));
     }, 4);
   };
@@ -123,7 +126,7 @@ class BrowserViewer:
         await self._page.evaluate("window.marks = { flashes: [], beeps: [] }")
         while await self._page.evaluate("Math.min(window.marks.flashes.length, window.marks.beeps.length)") < count:
             await asyncio.sleep(_POLL_S)
-        told = await self._page.evaluate("window.marks")
+        told = await self._page.evaluate("() => { const { marks } = window; window.marks = null; return marks; }")
         return [at_ms / 1e3 for at_ms in told["flashes"]], [at_ms / 1e3 for at_ms in told["beeps"]]
 
     async def _ahead_s(self) -> float:
