@@ -293,7 +293,7 @@ class _Bench:
         arrived: list[float] = []
         for number in range(times):
             self._told(f"saying something, {number + 1} of {times}")
-            rest = self._lips.gap(await self._still(room))
+            rest = await self._lips.gap(await self._still(room))
             viewer.look()
             began_s = time.monotonic()
             await asyncio.to_thread(room.session.say, _TEXT)
@@ -304,7 +304,7 @@ class _Bench:
                     sent.heard(at_s, moment.audio.pcm)
                     sent.saw(at_s, moment.picture)
             for found, into in ((sent, encoded), (viewer.noticed, arrived)):
-                at_s = self._lips.moved_s(found, rest)
+                at_s = await self._lips.moved_s(found, rest)
                 into.append(at_s - began_s)
         return encoded, arrived
 
@@ -319,8 +319,9 @@ class _Bench:
                 began_s = time.monotonic()
                 await asyncio.to_thread(room.session.say, _TEXT)
                 shown = await _in_time(viewer.shown())
-                (_, at_rest), *later = shown.pictures
-                seen_s = self._lips.first_moved_s(later, self._lips.gap(at_rest))
+                pictures = shown.pictures()
+                _, at_rest = await anext(pictures)
+                seen_s = await self._lips.first_moved_s(pictures, await self._lips.gap(at_rest))
                 taken.append(max(shown.heard_s, seen_s) - began_s)
         return Spread.of(taken)
 
@@ -367,21 +368,21 @@ class _Bench:
         taken = []
         for number in range(times):
             self._told(f"interrupting, {number + 1} of {times}")
-            rest = self._lips.gap(await self._still(room))
+            rest = await self._lips.gap(await self._still(room))
             await asyncio.to_thread(room.session.say, _LONG)
             async with asyncio.timeout(_PATIENCE_S):
                 loud, open_ = 0, False
                 while loud < _PASSED + number % _PASSED or not open_:  # somewhere else each time, with the mouth open
                     moment, _ = await room.moments.get()
                     loud += _loud(moment.audio.pcm)
-                    open_ = loud >= _PASSED and self._lips.gap(moment.picture) > rest + 2 * _MOVED
+                    open_ = loud >= _PASSED and await self._lips.gap(moment.picture) > rest + 2 * _MOVED
             while not room.moments.empty():
                 room.moments.get_nowait()
             began_s = last_s = time.monotonic()
             await asyncio.to_thread(room.session.interrupt)
             after = [await _in_time(room.moments.get()) for _ in range(self._fps // 2)]
             for moment, at_s in after:
-                if _loud(moment.audio.pcm) or self._lips.gap(moment.picture) > rest + _MOVED:
+                if _loud(moment.audio.pcm) or await self._lips.gap(moment.picture) > rest + _MOVED:
                     last_s = at_s + 1 / self._fps  # such a moment goes on for its whole length
             taken.append(last_s - began_s)
         return taken
@@ -526,6 +527,10 @@ class _Noticed:
             self.pictures.append((at_s, picture))
             self._after += self.heard_s is not None
 
+    async def seen(self) -> AsyncIterator[tuple[float, Picture]]:
+        for at_s, picture in self.pictures:
+            yield at_s, picture
+
 
 class _Lips:
     """Looks at the mouth in pictures of an avatar."""
@@ -534,19 +539,24 @@ class _Lips:
         self._nets = FaceNets()
         self._crop = Crop.of_points(next(f for f in avatar.track.faces if f is not None).points_px)
 
-    def gap(self, picture: Picture) -> float:
-        """Between the lips, in mouth widths."""
-        return opening(self._nets.mesh(picture, self._crop)[0])
+    async def gap(self, picture: Picture) -> float:
+        """Between the lips, in mouth widths. Found in another thread: the event loop is the session's."""
+        points, _ = await asyncio.to_thread(self._nets.mesh, picture, self._crop)
+        return opening(points)
 
-    def moved_s(self, noticed: _Noticed, rest: float) -> float:
+    async def moved_s(self, noticed: _Noticed, rest: float) -> float:
         """When it was both heard and seen to speak; the end of what was looked at, if it was not seen to."""
         assert noticed.heard_s is not None
-        return max(noticed.heard_s, self.first_moved_s(noticed.pictures, rest))
+        return max(noticed.heard_s, await self.first_moved_s(noticed.seen(), rest))
 
-    def first_moved_s(self, pictures: list[tuple[float, Picture]], rest: float) -> float:
+    async def first_moved_s(self, pictures: AsyncIterator[tuple[float, Picture]], rest: float) -> float:
         """The time of the first picture with the lips apart otherwise than by `rest`, or of the last."""
-        seen = (at_s for at_s, picture in pictures if abs(self.gap(picture) - rest) > _MOVED)
-        return next(seen, pictures[-1][0])
+        last_s = math.nan
+        async for at_s, picture in pictures:
+            last_s = at_s
+            if abs(await self.gap(picture) - rest) > _MOVED:
+                break
+        return last_s
 
 
 @asynccontextmanager

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from playwright.async_api import Page
 
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
-_KEPT = 60  # pictures
+_KEPT = 32  # pictures
 _POLL_S = 0.05
 BETWEEN_S = 0.2  # two flashes or two beeps, at least
 
-# `look(n)` begins to note: when sound was heard first, and the pictures until `n` after that, in grey, each with the time at
-# which it is to be seen; the first of them and the last are kept. `marks`, unless null, gets when white pictures are to be seen,
-# and when tones leave the device, for which Chromium lets the pictures wait. Times are those of performance.now(), in ms.
+# `look(n)` begins to note: when sound was heard first, and the luma of the pictures until `n` after that, each with the time at
+# which it is to be seen; the first of them and the last are kept. They are copied as they were decoded: drawing them on a canvas
+# and reading that back takes so long that sound and pictures come late. `marks`, unless null, gets when white pictures are to be
+# seen, and when tones leave the device, for which Chromium lets the pictures wait. Times are those of performance.now(), in ms.
 _PAGE = """async () => {
   const video = document.body.appendChild(document.createElement("video"));
   video.autoplay = true;
@@ -45,8 +46,14 @@ _PAGE = """async () => {
   window.marks = null;
   const mark = (list, at) => { if (!list.length || at - list.at(-1) > BETWEEN) list.push(at); };
   const thumbnail = new OffscreenCanvas(8, 8).getContext("2d", { willReadFrequently: true });
-  let canvas = null;
-  const shown = (now, { width, height, expectedDisplayTime }) => {
+  const luma = async (frame) => {
+    const { width, height } = frame.visibleRect;
+    const planes = new Uint8Array(frame.allocationSize());
+    await frame.copyTo(planes);
+    frame.close();
+    return [planes.subarray(0, width * height), width];
+  };
+  const shown = (now, { expectedDisplayTime }) => {
     const seen = window.seen;
     if (window.marks) {
       thumbnail.drawImage(video, 0, 0, 8, 8);
@@ -54,12 +61,7 @@ _PAGE = """async () => {
       if (light / 256 / 64 > 200) mark(window.marks.flashes, expectedDisplayTime);
     }
     if (seen.heard === null || seen.after > 0) {
-      canvas ??= new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-      canvas.drawImage(video, 0, 0);
-      const { data } = canvas.getImageData(0, 0, width, height);
-      const grey = new Uint8Array(width * height);
-      for (let i = 0; i < grey.length; i++) grey[i] = (77 * data[4 * i] + 150 * data[4 * i + 1] + 29 * data[4 * i + 2]) >> 8;
-      seen.pictures.push([expectedDisplayTime, grey, width]);
+      seen.pictures.push([expectedDisplayTime, luma(new VideoFrame(video, { timestamp: 0 }))]);
       if (seen.pictures.length > KEPT) seen.pictures.splice(1, 1);
       if (seen.heard !== null) seen.after -= 1;
     }
@@ -82,24 +84,29 @@ _PAGE = """async () => {
       if (tone >= 0) mark(window.marks.beeps, now + 1000 * (context.outputLatency - (wave.length - tone) / context.sampleRate));
     }, 4);
   };
-  window.told = () => ({
-    heard: window.seen.heard,
-    pictures: window.seen.pictures.map(([at, grey, width]) => {
-      let text = "";
-      for (let i = 0; i < grey.length; i += 8192) text += String.fromCharCode(...grey.subarray(i, i + 8192));
-      return [at, btoa(text), width];
-    }),
-  });
+  window.told = async (number) => {
+    const [values, width] = await window.seen.pictures[number][1];
+    let text = "";
+    for (let i = 0; i < values.length; i += 8192) text += String.fromCharCode(...values.subarray(i, i + 8192));
+    return [btoa(text), width];
+  };
   return pc.localDescription.sdp;
 }""".replace("KEPT", str(_KEPT)).replace("BETWEEN", str(round(1e3 * BETWEEN_S)))
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What the browser heard and showed; times on this process's monotonic clock."""
+    """When the browser heard something, and when it showed which pictures; times on this process's monotonic clock."""
 
     heard_s: float
-    pictures: list[tuple[float, Picture]]
+    shown_s: tuple[float, ...]
+    page: Page
+
+    async def pictures(self) -> AsyncIterator[tuple[float, Picture]]:
+        """Each is fetched when it is asked for: all at once would keep the session's event loop from its work."""
+        for number, at_s in enumerate(self.shown_s):
+            text, width = await self.page.evaluate("(number) => window.told(number)", number)
+            yield at_s, _of_luma(text, width)
 
 
 class BrowserViewer:
@@ -113,13 +120,12 @@ class BrowserViewer:
             await asyncio.sleep(_POLL_S)
 
     async def shown(self) -> Shown:
-        """What was noted, once it is complete."""
+        """What was noted, once it is complete; good until the next :meth:`look`."""
         while not await self._page.evaluate("window.seen.heard !== null && window.seen.after <= 0"):
             await asyncio.sleep(_POLL_S)
         ahead_s = await self._ahead_s()
-        told = await self._page.evaluate("window.told()")
-        pictures = [(at_ms / 1e3 + ahead_s, _grey(text, width)) for at_ms, text, width in told["pictures"]]
-        return Shown(told["heard"] / 1e3 + ahead_s, pictures)
+        heard_ms, shown_ms = await self._page.evaluate("[window.seen.heard, window.seen.pictures.map(([at]) => at)]")
+        return Shown(heard_ms / 1e3 + ahead_s, tuple(at_ms / 1e3 + ahead_s for at_ms in shown_ms), self._page)
 
     async def marks(self, count: int) -> tuple[list[float], list[float]]:
         """When the next `count` white pictures, or more, are seen, and when tones begin meanwhile: seconds of the page's clock."""
@@ -169,7 +175,7 @@ async def browser_viewer(room: Room) -> AsyncIterator[BrowserViewer]:
             await browser.close()
 
 
-def _grey(text: str, width: int) -> Picture:
+def _of_luma(text: str, width: int) -> Picture:
     y = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, width)
     neutral = np.full((y.shape[0] // 2, width // 2), 128, np.uint8)
     return Picture(y, neutral, neutral)
