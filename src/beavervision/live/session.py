@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     from beavervision.live.engine import LiveEngine
 
 WORK_S = 0.05  # between the arrival of the last sample that a picture needs and its time
-_SOON_S = 0.03  # a drawing that begins is given at least so long for its first picture
+_SOON_S = 0.08  # a drawing that begins is given at least so long for its first picture
 _EARLY_S = 0.25  # before the first sound a drawing begins: lips part before
 _AHEAD = 8  # pictures drawn before their time, at most
 _WARM = 10  # pictures gone through, undrawn, by a drawing that begins amid sound: its mouth is then where it would be
 _LATE = 2  # pictures by which a drawing may be late and still be shown, where there is none in time
 _LONGEST_S = 0.25  # that a drawing is reckoned with
-_BLOCK = 2  # pictures drawn at once while there is time
+_BLOCK = 2  # pictures drawn at once while there is time,
+_FIRST_BLOCK = 3  # and at the beginning of a drawing, which costs as much as three: the next ones are then in time
 _CATCH_UP = 50  # pictures that one drawing passes over, at most
 _SPEAK_AHEAD_S = 12.0  # so much speech is synthesised before its time
 _WAITING = 256  # texts, at most
@@ -535,7 +536,7 @@ class LiveSession:
                         utterance.complete = True
                     else:
                         utterance.converter = utterance.converter or Converter(chunk.audio.rate_hz)
-                        lead_s = WORK_S + float(1 / self.rate)
+                        lead_s = WORK_S + float(2 / self.rate)
                         self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), lead_s)
                         if utterance.told is not None and utterance.start is not None:
                             utterance.told.pass_on(self._script, utterance.start / RATE_HZ)
@@ -768,7 +769,7 @@ class LiveSession:
         useful = max(self._next, ceil((now_s + min(self._block_s, _LONGEST_S)) * self.rate))
         if useful > n and self._more_to_come():
             useful = max(min(useful, self._heard_until() - 1), n)
-        block = _BLOCK if n - useful >= _BLOCK else 1
+        block = _FIRST_BLOCK if n == run.first else _BLOCK if n - useful >= _BLOCK else 1
         if self._camera is not None:
             block = 1
         elif useful > n:

@@ -46,7 +46,7 @@ from beavervision.serve.schema import (
 )
 from beavervision.serve.service import Service
 from beavervision.serve.telemetry import Span, Traces
-from beavervision.serve.upload import Intake
+from beavervision.serve.upload import IdempotencyKey, Intake
 from beavervision.serve.waiting import POLL_S, ended, preferred
 from beavervision.serve.who import Owner, origins, owner_of
 
@@ -188,7 +188,7 @@ def _add_jobs(app: FastAPI, service: Service, intake: Intake) -> None:
         who: Owner,
         response: Response,
         prefer: Annotated[str, Header(max_length=200, description="respond-async, or wait=SECONDS")] = "",
-        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+        idempotency_key: IdempotencyKey = None,
     ) -> JobOut:
         """Make a face say a text or follow recorded speech.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Header, Path, Request, Response
@@ -13,7 +14,7 @@ from beavervision.serve.jobs import State
 from beavervision.serve.problems import Problem
 from beavervision.serve.schema import FACE, AvatarOut, file_field, form_body
 from beavervision.serve.service import Service
-from beavervision.serve.upload import Intake
+from beavervision.serve.upload import IdempotencyKey, Intake
 from beavervision.serve.waiting import ended, preferred
 from beavervision.serve.who import Owner
 
@@ -49,25 +50,27 @@ def add_avatars(app: FastAPI, service: Service, intake: Intake) -> None:
         who: Owner,
         response: Response,
         prefer: Annotated[str, Header(max_length=200, description="respond-async, or wait=SECONDS")] = "",
+        idempotency_key: IdempotencyKey = None,
     ) -> AvatarOut:
         """Keep a face for later jobs: it is looked at once, now."""
         await run_in_threadpool(service.admit)
         with service.scratch() as folder:
             upload = await intake.receive(request, folder, _FIELD_BYTES, ("video",))
             address = request.client.host if request.client else ""
-            row, job = await run_in_threadpool(avatars.accept, upload, who, address)
+            avatar_id, job = await run_in_threadpool(avatars.accept, upload, who, address, idempotency_key)
         asynchronous, wait_s = preferred(prefer, service.settings.serve_wait_s)
         job = await ended(service, job, request, wait_s)
         if job.state is State.FAILED:
-            await run_in_threadpool(avatars.delete, row.id, who)
+            with suppress(Problem):  # it was removed already
+                await run_in_threadpool(avatars.delete, avatar_id, who)
             raise problems.of_code(job.error_code or "error", job.error_message or "", job=f"/api/v1/jobs/{job.id}")
         if job.state is State.CANCELLED:
             raise Problem(409, "cancelled", "The avatar was deleted.")
-        response.headers["Location"] = f"{AVATARS}/{row.id}"
+        response.headers["Location"] = f"{AVATARS}/{avatar_id}"
         if asynchronous:
             response.headers["Preference-Applied"] = "respond-async"
         response.status_code = 201 if job.ended else 202
-        return await run_in_threadpool(avatars.shown, await run_in_threadpool(avatars.get, row.id, who))
+        return await run_in_threadpool(avatars.shown, await run_in_threadpool(avatars.get, avatar_id, who))
 
     @app.get(AVATARS)
     def list_avatars(who: Owner) -> list[AvatarOut]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 
 from beavervision import metrics
 from beavervision.serve.avatars import PICTURE, SOURCE, AvatarRow
-from beavervision.serve.jobs import Job, NewJob, QueueFullError, State, new_id
+from beavervision.serve.jobs import Job, NewJob, State, new_id
 from beavervision.serve.problems import Problem, of_validation
 from beavervision.serve.schema import AvatarOut, AvatarSettings, ErrorOut, time_of
 from beavervision.serve.telemetry import current
@@ -25,12 +27,18 @@ class AvatarService:
     def __init__(self, service: Service) -> None:
         self._service, self._place, self._settings = service, service.place, service.settings
 
-    def accept(self, upload: Upload, owner: str, address: str) -> tuple[AvatarRow, Job]:
-        """Check what can be checked, keep the face, and queue the job that looks at it.
+    def accept(self, upload: Upload, owner: str, address: str, idempotency_key: str | None) -> tuple[str, Job]:
+        """Check what can be checked, keep the face, and queue the job that looks at it: the avatar's id and that job.
 
         Raises:
             Problem, BeaverVisionError: it is refused.
         """
+        # Not the fingerprint that the same content has as a lip-sync request.
+        fingerprint = hashlib.sha256(f"avatar {upload.fingerprint}".encode()).hexdigest()
+        new = NewJob(new_id(), owner, {}, fingerprint, idempotency_key)
+        earlier = self._service.earlier(new)
+        if earlier is not None:
+            return earlier.request["avatar"], earlier
         try:
             wanted = AvatarSettings(name=upload.fields.get("name", ""), face=upload.fields.get("face", "largest"))
         except ValidationError as error:
@@ -48,24 +56,22 @@ class AvatarService:
                 409, "avatars", f"There are {self._settings.serve_max_avatars} avatars already. Delete one first."
             )
         self._service.examine(video, None)
-        avatar_id, job_id = new_id(), new_id()
+        avatar_id = new_id()
         request = {"kind": "avatar", "avatar": avatar_id, "face": wanted.face, "consent": consent, "trace": current()}
-        row = self._place.avatars.add(avatar_id, owner, wanted.name or avatar_id, job_id, video)
+        self._place.avatars.add(avatar_id, owner, wanted.name or avatar_id, new.id, video)
+        job: Job | None = None
         try:
-            new = NewJob(job_id, owner, request, upload.fingerprint)
-            job, _ = self._place.table.add(new, self._settings.serve_queue)
-        except QueueFullError as error:
-            self._place.avatars.remove(avatar_id)
-            raise self._service.full() from error
-        except BaseException:
-            self._place.avatars.remove(avatar_id)
-            raise
-        self._service.supervisor.wake()
+            job = self._service.queue(replace(new, request=request))
+        finally:
+            if job is None or job.id != new.id:
+                self._place.avatars.remove(avatar_id)
+        if job.id != new.id:  # the same key came at the same moment
+            return job.request["avatar"], job
         self._place.audit.write(
-            "avatar", avatar=avatar_id, job=job_id, owner=owner, address=address, consent=consent,
+            "avatar", avatar=avatar_id, job=new.id, owner=owner, address=address, consent=consent,
             fingerprint=upload.fingerprint,
         )  # fmt: skip
-        return row, job
+        return avatar_id, job
 
     def get(self, avatar_id: str, owner: str) -> AvatarRow:
         """Raises Problem (404) if `owner` has no such avatar."""

@@ -193,10 +193,7 @@ class Service:
             Problem, BeaverVisionError: it is refused.
         """
         new = NewJob(new_id(), owner, {}, upload.fingerprint, idempotency_key)
-        try:
-            earlier = self.place.table.by_key(new)
-        except KeyReusedError as error:
-            raise _reused() from error
+        earlier = self.earlier(new)
         if earlier is not None:
             return earlier
         try:
@@ -269,21 +266,34 @@ class Service:
             with self._examining:
                 self.guard.examine(video, audio, limits)
 
-    def _queue(self, new: NewJob, upload: Upload) -> Job:
-        queued = False
+    def earlier(self, new: NewJob) -> Job | None:
+        """The job that came with the idempotency key of `new`; raises Problem where that was for something else."""
         try:
-            for name, path in upload.files.items():
-                self.place.storage.put(path, f"{new.id}/in/{name}")
+            return self.place.table.by_key(new)
+        except KeyReusedError as error:
+            raise _reused() from error
+
+    def queue(self, new: NewJob) -> Job:
+        """Queue a job, or find the one that came with the same idempotency key; raises Problem."""
+        try:
             job, queued = self.place.table.add(new, self.settings.serve_queue)
-            if queued:
-                self.supervisor.wake()
-            return job
         except QueueFullError as error:
             raise self.full() from error
         except KeyReusedError as error:
             raise _reused() from error
+        if queued:
+            self.supervisor.wake()
+        return job
+
+    def _queue(self, new: NewJob, upload: Upload) -> Job:
+        job: Job | None = None
+        try:
+            for name, path in upload.files.items():
+                self.place.storage.put(path, f"{new.id}/in/{name}")
+            job = self.queue(new)
+            return job
         finally:
-            if not queued:
+            if job is None or job.id != new.id:
                 self.place.storage.remove(new.id)
 
     def _check_text(self, text: str, settings: LipsyncSettings) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Annotated
 
+from fastapi import Header
 from fastapi.concurrency import run_in_threadpool
 from fastapi.requests import Request
 from python_multipart.exceptions import FormParserError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FILES = ("video", "audio")
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=200, description="Makes the request safe to repeat.")
+]
 _AT_ONCE = 16
 _UPLOAD_S = 600  # for one
 _FRAMING_BYTES = 1 << 16  # for boundaries and the headers of parts
