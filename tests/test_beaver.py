@@ -10,11 +10,12 @@ import pytest
 
 from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Heard, Picture, Profile, Reference
 from beavervision.models import mesh
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, Equaliser, load, onnx_net, torch_net
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, Equaliser, load, onnx_net, painted_rows, torch_net
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.models.mesh import Pose
 from beavervision.speech import speak
+from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
 from beavervision.stages.hear import LOG_MEL, Resampler
 from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _topology, profile_of
@@ -191,9 +192,43 @@ def test_both_engines_compute_the_same() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(-5, 3, (1, EXTRA_ROWS + 20, 64)).astype(np.float32)
     crops = rng.random((3, 12, 80, 96)).astype(np.float32)
-    for name, given in (("motion", rows), ("painter", crops)):
+    for name, given in (("motion", rows), ("painter", crops), ("painter", crops[:, :, 16:56])):
         (one,), (other,) = (net(name, "cpu", 1)(given) for net in (onnx_net, torch_net))
         assert np.abs(one - other).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "rows"), [(0, 10, 0), (30, 45, 16), (60, 70, 40), (20, 53, None), (0, 79, None)]
+)
+def test_the_painter_sees_the_rows_that_hold_the_opening(first: int, last: int, rows: int | None) -> None:
+    hole = np.zeros((80, 96), np.float32)
+    hole[first : last + 1, 40:50] = 1
+    found = painted_rows(hole)
+    assert [s.start for s in found[:1]] == ([] if rows is None else [rows])
+    assert all(s.stop - s.start == 40 for s in found)
+    assert all((s.start == 0 or s.start <= first - 3) and (s.stop == 80 or last + 3 < s.stop) for s in found)
+
+
+def test_what_is_painted_from_some_rows_lies_where_it_does_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a painter that copies its reference, which rows it sees must not show."""
+    seen_rows: list[int] = []
+
+    def copies(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        (layers,) = inputs
+        seen_rows.append(layers.shape[2])
+        return (layers[:, 8:11],)
+
+    f = files()
+    stage = BeaverSync(f.motion, copies, f.basis, seen()[2])
+    rows = speech_rows()
+    low = [p for c in stage(clips(rows, 24)) for p in c.patches]
+    assert seen_rows.count(40) > seen_rows.count(80)
+    seen_rows.clear()
+    monkeypatch.setattr(lipsync_beaver, "painted_rows", lambda hole: [])
+    whole = [p for c in stage(clips(rows, 24)) for p in c.patches]
+    assert set(seen_rows) == {80}
+    for (one,), (other,) in zip(low, whole, strict=True):
+        assert np.abs(one.y.astype(int) - other.y).max() <= 1
 
 
 @pytest.mark.parametrize("yaw_deg", [0, 30, 60])

@@ -220,6 +220,17 @@ def test_bench_measures_a_real_run() -> None:
     assert again["stages_cpu_ms"] == pytest.approx(report.stages_cpu_ms, abs=1e-3)
 
 
+@pytest.mark.usefixtures("installed")
+def test_bench_measures_on_a_video_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "own.mp4"
+    bench_module._make_source(own, 1, (320, 256), Fraction(20))
+    report = bench(source=own, preset="ultrafast", device="cpu", compare=False)
+    assert (report.pictures, report.rate, report.size_px) == (20, "20", (320, 256))
+    assert list(tmp_path.iterdir()) == [own]
+    with portrait() as still, pytest.raises(UsageError, match="no video"):
+        bench(source=still)
+
+
 def test_the_source_lasts_as_long_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_module, "_CYCLE_S", 1)
     bench_module._make_source(tmp_path / "s.mp4", 2.5, (640, 360), Fraction(24))

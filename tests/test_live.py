@@ -201,7 +201,7 @@ def test_a_text_is_said_sentence_by_sentence_and_told(engine: LiveEngine) -> Non
     ]
     heard = sound(moments)
     loud = np.flatnonzero(np.abs(heard) > 0.02) / RATE_HZ
-    assert loud[0] < 0.2
+    assert 0.13 <= loud[0] < 0.24  # two pictures and 50 ms, and how the voice sets in
     assert abs(sum(e.seconds for e in events) - (loud[-1] - loud[0])) < 0.6
     moving = drawn(still(), moments)
     assert moving[0] / 25 == pytest.approx(loud[0], abs=0.17)
@@ -609,14 +609,17 @@ def test_an_expression_comes_smoothly_and_stays_while_the_face_speaks_and_after(
     plain = still().pictures[0].y[brows].astype(np.float32)
     change = np.array([np.abs(m.picture.y[brows] - plain).mean() for m in moments])
     assert change[:11].max() == 0
-    assert change[50] > 3 * change[13] > 0
+    assert change[50] > 3 * change[15] > 0
     assert change[40:130].min() > 0.5 * change[50]
     assert change[40:130].max() < 1.6 * change[50]
     assert change[180] < 0.1 * change[50]
     assert np.abs(np.diff(change)).max() < 0.35 * change[50]  # no jump
     assert all(m.fresh for m in moments)
-    lips = [m.index for m in moments if 62 <= m.index < 100]
-    assert np.std([moments[i].picture.y[60:95, 84:140].mean() for i in lips]) > 0.2
+    speaking, silent = (
+        float(np.std([m.picture.y[60:95, 84:140].mean() for m in moments[a:b]])) for a, b in ((62, 100), (40, 60))
+    )
+    assert speaking > 5 * silent, (speaking, silent)
+    assert speaking > 0.1
     with pytest.raises(UsageError):
         session.set_expression("no such thing")
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beavervision.media import F32
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
-from beavervision.models.nets.beaver import MEL_BINS, PAINT_SIZE, MotionPair, PainterNet
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE
+from beavervision.models.nets.beaver import MEL_BINS, MotionPair, PainterNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import ROWS, STEPS
@@ -48,11 +48,11 @@ def export_motion(net: MotionPair, path: Path) -> float:
 
 
 def export_painter(net: PainterNet, path: Path) -> float:
-    """Input ``crops`` (n, channels, 80, 96), output ``painted`` (n, 3, 80, 96); the largest difference to PyTorch."""
+    """Input ``crops`` (n, channels, h, 96), output ``painted`` (n, 3, h, 96); the largest difference to PyTorch."""
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     crops = torch.rand(2, first.in_channels, PAINT_SIZE[1], PAINT_SIZE[0])
-    _export(net, (crops,), path, ["crops"], "painted", {"crops": {0: "n"}, "painted": {0: "n"}})
-    return max(_difference(net, (crops[:n],), path) for n in (1, 2))
+    _export(net, (crops,), path, ["crops"], "painted", {"crops": {0: "n", 2: "h"}, "painted": {0: "n", 2: "h"}})
+    return max(_difference(net, (x,), path) for x in (crops, crops[:1], crops[..., : PAINT_SIZE[1] // 2, :]))
 
 
 def export_sync(net: SyncScorer, path: Path) -> float:

@@ -469,6 +469,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 @app.command()
 def bench(
+    source: Annotated[Path | None, typer.Option(help="A video with a face, instead of one made for it.")] = None,
     seconds: Annotated[float, typer.Option(help="Length of the video to make for it.")] = 10,
     size: Annotated[str, typer.Option(help="Its size: 360p, 480p, 720p, 1080p or 2160p.")] = "720p",
     rate: Annotated[str, typer.Option(help="Its pictures a second, such as 25 or 30000/1001.")] = "25",
@@ -493,6 +494,7 @@ def bench(
             measured = compare_memory(size=size, rate=rate, preset=preset or "ultrafast", on_progress=told)
         else:
             measured = measure(
+                source=source,
                 seconds=seconds,
                 size=size,
                 rate=rate,

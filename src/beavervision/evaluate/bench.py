@@ -1,7 +1,8 @@
 """The speed of the whole chain on this machine, by a real run: H.264 in, speech, tracking, drawing, H.264 out.
 
-The source is made on the fly from the sample portrait, under a slow pan and zoom with camera grain, so that decoding and
-tracking have work to do. Each run has a process of its own: its peak memory and CPU time are the run's alone.
+The source is made on the fly from the sample portrait, under a slow pan and zoom with camera grain, so that decoding
+and tracking have work to do, or is a video of one's own. Each run has a process of its own: its peak memory and CPU time
+are the run's alone.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class MemoryReport:
 
 def bench(
     *,
+    source: Path | None = None,
     seconds: float = 10,
     size: str = "720p",
     rate: Fraction | int | str = 25,
@@ -177,9 +179,10 @@ def bench(
     compare: bool = True,
     on_progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure the chain on `seconds` of a source made for it, spoken over for as long.
+    """Measure the chain on a source that is spoken over for as long as it lasts.
 
     Args:
+        source: a video with a face. Without one `seconds`, `size` and `rate` say what is made for it.
         size: one of :data:`SIZES`.
         rate: pictures a second of the source.
         preset, model, device: as in the settings if None.
@@ -189,15 +192,21 @@ def bench(
 
     Raises:
         UsageError: `seconds`, `size`, `rate` or `preset` is none that can be used.
-        BeaverVisionError: the run failed.
+        BeaverVisionError: `source` cannot be used, or the run failed.
     """
-    size_px, rate = _checked(seconds, size, rate, preset)
+    size_px, exact = _checked(seconds, size, rate, preset)
     load_1min = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory(prefix="beavervision-bench-") as scratch:
-        source = Path(scratch) / "source.mp4"
-        _make_source(source, seconds, size_px, rate)
+        if source is None:
+            source = Path(scratch) / "source.mp4"
+            _make_source(source, seconds, size_px, exact)
+        else:
+            info = probe(source)
+            if info.duration is None:
+                raise UsageError(f"{source} is no video of a known length: give one, or none.")
+            size_px, exact, seconds = (info.width_px, info.height_px), info.rate, float(info.duration)
         options = {"model": model, "device": device, "allow_non_commercial": allow_non_commercial}
-        run = _run(source, seconds, preset, options, on_progress)
+        run = _run(source, Path(scratch), seconds, preset, options, on_progress)
         compared: dict[str, Any] = {}
         if compare and run["model"] != BEAVER.name:
             compared = {"note": f"Only {BEAVER.name} is compared with Wav2Lip."}
@@ -210,8 +219,8 @@ def bench(
     return BenchReport(
         **run,
         size_px=size_px,
-        rate=str(rate),
-        times_real_time=round(run["pictures_per_s"] / float(rate), 3),
+        rate=str(exact),
+        times_real_time=round(run["pictures_per_s"] / float(exact), 3),
         stages=stages,
         machine=machine,
         comparison=comparison,
@@ -234,7 +243,7 @@ def compare_memory(
         with tempfile.TemporaryDirectory(prefix="beavervision-bench-") as scratch:
             source = Path(scratch) / "source.mp4"
             _make_source(source, length, size_px, exact)
-            peaks.append(_run(source, length, preset, {}, on_progress)["peak_memory_mb"])
+            peaks.append(_run(source, Path(scratch), length, preset, {}, on_progress)["peak_memory_mb"])
     return MemoryReport(size_px, preset, seconds, tuple(peaks))
 
 
@@ -247,16 +256,15 @@ def format_table(report: BenchReport | MemoryReport) -> RenderableType:
 
 
 def run_once(
-    *, source: str, text: str, preset: str | None, on_progress: Progress | None = None, **options: Any
+    *, source: str, out: str, text: str, preset: str | None, on_progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
-    """One run of the pipeline over `source`, measured: the fields of :class:`BenchReport` that it can know."""
+    """One run of the pipeline from `source` to `out`, measured: the fields of :class:`BenchReport` that it can know."""
     settings = replace(Settings.load(), voice="", language="en")
     if preset is not None:
         settings = replace(settings, preset=preset)
     begin_s = time.perf_counter()
     pipeline = Pipeline(settings=settings, **options)
     load_ms = (time.perf_counter() - begin_s) * 1e3
-    out = Path(source).with_name("out.mp4")
     report = pipeline.lipsync(source, out, text=text, fit="keep", alive=False, on_progress=on_progress)
     times = report.times
     pictures = times["pictures"]
@@ -385,10 +393,16 @@ def _checked(
 
 
 def _run(
-    source: Path, seconds: float, preset: str | None, options: dict[str, Any], on_progress: Progress | None
+    source: Path,
+    scratch: Path,
+    seconds: float,
+    preset: str | None,
+    options: dict[str, Any],
+    on_progress: Progress | None,
 ) -> dict[str, Any]:
     text = _WORDS * (1 + int(seconds * _CHARS_PER_S / len(_WORDS)))
-    return call_alone(run_once, {"source": str(source), "text": text, "preset": preset, **options}, on_progress)
+    given = {"source": str(source), "out": str(scratch / "out.mp4"), "text": text, "preset": preset}
+    return call_alone(run_once, given | options, on_progress)
 
 
 def _make_source(path: Path, seconds: float, size_px: tuple[int, int], rate: Fraction) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from beavervision.errors import ModelError
-from beavervision.media import F32, Net
+from beavervision.media import F32, U8, Net
 from beavervision.models.basis import MotionBasis
 from beavervision.models.cards import BEAVER, Timing, load_data
 from beavervision.models.runtime import OnnxNet
@@ -16,6 +16,25 @@ from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 # The motion net's context, in log-mel rows: before a step's own row, and all rows beyond two for each step.
 LEFT_ROWS, EXTRA_ROWS = 79, 90
 SILENT_ROW = float(np.log(1e-5))  # a log-mel row of digital silence
+
+
+PAINT_SIZE = (96, 80)  # width, height of the painter's crop, 100 px to the distance of the eyes
+# A mouth is seldom open so far that the painter needs all rows: half of them cost half as much. They begin at multiples of what its
+# layers reduce by, so that it sees them as it would see all.
+_LOW_ROWS, _LOW_EVERY = 40, 8
+_LOW_MARGIN = 3  # rows around the opening, at least
+
+
+def painted_rows(hole: F32 | U8) -> list[slice]:
+    """The rows of the painter's crop that it needs to see for the opening `hole` (80, 96): some choices, the best first; none
+    where it needs all.
+    """
+    rows = np.flatnonzero(hole.any(axis=1))
+    if not len(rows):
+        return []
+    first, last = max(int(rows[0]) - _LOW_MARGIN, 0), min(int(rows[-1]) + _LOW_MARGIN, PAINT_SIZE[1] - 1)
+    tops = [t for t in range(0, PAINT_SIZE[1] - _LOW_ROWS + 1, _LOW_EVERY) if t <= first and last < t + _LOW_ROWS]
+    return [slice(t, t + _LOW_ROWS) for t in sorted(tops, key=lambda t: abs(2 * t + _LOW_ROWS - first - last))]
 
 
 # The long-time spectrum of speech that the motion net expects, at some of the 64 bins, and how it is estimated.

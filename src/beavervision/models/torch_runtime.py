@@ -61,7 +61,7 @@ class TorchNet:
             raise ModelError(f"{name} cannot run on {device}. {INSTALL_TORCH}") from error
         self._torch = torch
         self._lock = threading.Lock()
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, ...], _Graph] = {}  # by the shapes of the inputs, the batch's size first
         try:
             self._device = torch.device(device)
             self._cuda = self._device.type == "cuda"
@@ -104,9 +104,10 @@ class TorchNet:
         count = len(arrays[0])
         size = next(s for s in self._batch_sizes if s >= count)
         tensors = tuple(self._tensor(array) for array in arrays)
-        if size not in self._graphs:
-            self._graphs[size] = self._captured(tensors, size)
-        captured = self._graphs[size]
+        key = (size, *(n for t in tensors for n in t.shape[1:]))
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(tensors, size)
+        captured = self._graphs[key]
         for slot, tensor in zip(captured.inputs, tensors, strict=True):
             slot[:count].copy_(tensor)
         captured.graph.replay()

@@ -34,7 +34,7 @@ from beavervision.media import (
 )
 from beavervision.models import mesh
 from beavervision.models.basis import GAP_STD, REST_SHARE, MotionBasis
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Equaliser
+from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE, Equaliser, painted_rows
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.warp import Opening, triangle_flow, warped
 
@@ -46,7 +46,6 @@ _FRONTAL_DEG = 35.0
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
 _RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
 _PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
-_PAINT_SIZE = (96, 80)
 _PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
 _LOWER_MIDDLE = slice(14, 17)  # of mesh.INNER_LIP
 _MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is painted
@@ -72,7 +71,7 @@ class _Ear:
 class BeaverSync:
     """The lip-sync stage of the default model for one source.
 
-    motion takes log-mel rows (1, t, 64) and gives coefficients (1, n, k); painter takes (n, 12, 80, 96) and gives (n, 3, 80, 96),
+    motion takes log-mel rows (1, t, 64) and gives coefficients (1, n, k); painter takes (n, 12, h, 96) and gives (n, 3, h, 96),
     both as in :mod:`beavervision.models.nets.beaver`.
     """
 
@@ -153,15 +152,12 @@ class BeaverSync:
         return _Drawing.of(picture, face.points_px, target, pose, strength)
 
     def _paint(self, drawings: Sequence[_Drawing]) -> None:
-        open_ones = [d for d in drawings if d.hole_area() > _MIN_HOLE_PX]
-        if not open_ones:
-            return
-        inputs = np.empty((len(open_ones), 12, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32)
-        for drawing, layers in zip(open_ones, inputs, strict=True):
-            drawing.show(layers, self._reference)
-        (painted,) = self._painter(inputs)
-        for drawing, rgb in zip(open_ones, painted, strict=True):
-            drawing.fill(np.asarray(rgb, np.float32))
+        shown = [(d, *d.shown(self._reference)) for d in drawings if d.hole_area() > _MIN_HOLE_PX]
+        for height in {layers.shape[1] for _, layers, _ in shown}:
+            alike = [s for s in shown if s[1].shape[1] == height]
+            (painted,) = self._painter(np.stack([layers for _, layers, _ in alike]))
+            for (drawing, _, top), rgb in zip(alike, painted, strict=True):
+                drawing.fill(np.asarray(rgb, np.float32), top)
 
 
 def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: float | None = None) -> Profile:
@@ -276,23 +272,30 @@ class _Drawing:
         """Of the opening, in pixels of the painter's crop."""
         return cv2.sumElems(self._hole)[0] / 255 * (_PAINT_SCALE / self._pose.scale_px) ** 2
 
-    def _to_crop(self) -> F32:
+    def _to_crop(self, top: int) -> F32:
+        """(2, 3): pixels of the region to the painter's crop from its row `top` on."""
         matrix = _crop_matrix(self._pose)
-        matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px]
+        matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px] - [0, top]
         return matrix
 
-    def show(self, layers: F32, reference: _ReferenceMouth) -> None:
-        """Fill the painter's `layers` (12, 80, 96): the blanked crop, the opening, the reference, and that moved with the jaw."""
+    def shown(self, reference: _ReferenceMouth) -> tuple[F32, int]:
+        """What the painter has to see, (12, h, 96): the blanked crop, the opening, the reference, and that moved with the jaw; and
+        which row of the crop it begins at.
+        """
         lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
-        hole = _polygon(lips, _PAINT_SIZE, grow_px=0.8)
-        _view(self._planes, self._color, self._to_crop(), layers[:3])
+        hole = _polygon(lips, PAINT_SIZE, grow_px=0.8)
+        rows = next(iter(painted_rows(hole)), slice(0, PAINT_SIZE[1]))
+        hole = hole[rows]
+        layers = np.empty((12, *hole.shape), np.float32)
+        _view(self._planes, self._color, self._to_crop(rows.start), layers[:3])
         layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 2] = 0
         np.multiply(hole, np.float32(1 / 255), out=layers[3])
-        layers[4:8] = reference.layers
-        reference.move(lips[_LOWER_MIDDLE].mean(axis=0), layers[8:])
+        layers[4:8] = reference.layers[:, rows]
+        reference.move(lips[_LOWER_MIDDLE].mean(axis=0), rows, layers[8:])
+        return layers, rows.start
 
-    def fill(self, painted: F32) -> None:
-        """Lay the painter's (3, 80, 96) into the opening."""
+    def fill(self, painted: F32, top: int) -> None:
+        """Lay what was painted, (3, h, 96) from the crop's row `top` on, into the opening."""
         soft = max(0.6, self._pose.scale_px / 110)
         x, y, width, height = cv2.boundingRect(self._hole)
         reach = round(3 * soft)
@@ -301,7 +304,7 @@ class _Drawing:
         x1, y1 = x1 + x1 % 2, y1 + y1 % 2
         alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1].astype(np.float32) * np.float32(1 / 255), (0, 0), soft)
         yuv = cv2.transform(np.ascontiguousarray(painted.transpose(1, 2, 0)) * 255, self._color.to_yuv())
-        to_crop = self._to_crop()
+        to_crop = self._to_crop(top)
         to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
         for plane, values, pixel_px in zip(self._planes, cv2.split(yuv), (1, 2, 2), strict=True):
             box = np.s_[y0 // pixel_px : y1 // pixel_px, x0 // pixel_px : x1 // pixel_px]
@@ -337,7 +340,7 @@ def _crop_matrix(pose: Pose) -> F32:
     cos, sin = np.cos(turn) * scale, np.sin(turn) * scale
     linear = np.array([[cos, sin], [-sin, cos]], np.float32)
     centre = pose.to_picture(_PAINT_CENTRE)[:2]
-    shift = np.array([_PAINT_SIZE[0] / 2, _PAINT_SIZE[1] / 2]) - linear @ centre
+    shift = np.array([PAINT_SIZE[0] / 2, PAINT_SIZE[1] / 2]) - linear @ centre
     return np.hstack([linear, shift[:, None]]).astype(np.float32)
 
 
@@ -346,7 +349,7 @@ def _apply(matrix: F32, points: F32) -> F32:
 
 
 def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> None:
-    """Fill `rgb` (3, 80, 96), the painter's crop, 0..1, with a region's planes through `matrix` (continuous coordinates)."""
+    """Fill `rgb` (3, h, w), 0..1, with a region's planes through `matrix` (continuous coordinates)."""
     shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     views = []
     for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
@@ -354,7 +357,7 @@ def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> Non
             plane = np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.35 / (shrink * pixel_px)), np.uint8)
         to_crop = between_pixels(matrix, (pixel_px, pixel_px))
         views.append(
-            cv2.warpAffine(plane, to_crop, _PAINT_SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            cv2.warpAffine(plane, to_crop, rgb.shape[:0:-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         )
     for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), color.to_rgb())), strict=True):
         np.multiply(values, np.float32(1 / 255), out=layer)
@@ -369,7 +372,7 @@ class _ReferenceMouth:
 
     @classmethod
     def of(cls, references: Sequence[Reference]) -> _ReferenceMouth:
-        layers = np.zeros((4, _PAINT_SIZE[1], _PAINT_SIZE[0]), np.float32)
+        layers = np.zeros((4, PAINT_SIZE[1], PAINT_SIZE[0]), np.float32)
         if not references:
             return cls(layers, np.zeros(2, np.float32))
         reference = max(references, key=lambda r: mesh.opening(r.face.points_px))
@@ -378,20 +381,21 @@ class _ReferenceMouth:
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
         _view(to_planes(reference.rgb, Color()), Color(), local, layers[:3])
-        np.multiply(_polygon(lips, _PAINT_SIZE), np.float32(1 / 255), out=layers[3])
+        np.multiply(_polygon(lips, PAINT_SIZE), np.float32(1 / 255), out=layers[3])
         return cls(layers, lips[_LOWER_MIDDLE].mean(axis=0))
 
-    def move(self, lower_lip: F32, out: F32) -> None:
-        """Put the layers into `out`, moved so that the lower lip's middle comes to `lower_lip`."""
+    def move(self, lower_lip: F32, rows: slice, out: F32) -> None:
+        """Put the `rows` of the layers into `out`, moved so that the lower lip's middle comes to `lower_lip`."""
         if not self.layers[3].any():
-            out[:] = self.layers
+            out[:] = self.layers[:, rows]
             return
         dx, dy = lower_lip - self.lower_lip
-        shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+        shift = np.array([[1, 0, dx], [0, 1, dy - rows.start]], np.float32)
+        size = out.shape[:0:-1]
         for layer, moved, edge in zip(
             self.layers, out, (*(cv2.BORDER_REPLICATE,) * 3, cv2.BORDER_CONSTANT), strict=True
         ):
-            cv2.warpAffine(layer, shift, _PAINT_SIZE, dst=moved, borderMode=edge)
+            cv2.warpAffine(layer, shift, size, dst=moved, borderMode=edge)
 
 
 # The points that the warp may move: everything below the nose in the canonical face.

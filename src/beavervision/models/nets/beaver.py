@@ -125,9 +125,6 @@ class _Block(nn.Module):
         return x[..., self.dilation : -self.dilation] + y
 
 
-PAINT_SIZE = (96, 80)  # width, height of the mouth crop that PainterNet sees, 100 px to the distance of the eyes
-
-
 # Trained with plain shares, used with more decided ones: a mean of two rows of teeth is a blur. At 2.5 the difference to real
 # mouths grows by 3 % and their detail from 0.47 to 0.65 of the real one.
 DECISION = 2.5
@@ -139,9 +136,9 @@ class PainterNet(nn.Module):
     A small U-Net (Ronneberger et al., 2015) with a pixel-shuffle output chooses, pixel by pixel, between the reference as it
     stood on the skull (upper teeth), the reference as it hangs on the jaw (lower teeth), and its own colour.
 
-    Input (batch, 12, 80, 96), 0 to 1: the crop with the opening blanked (3), the opening (1); the reference crop (3) and its
-    opening (1); the same two moved so that the lower lips coincide (4). The reference is 0 where there is none.
-    Output (batch, 3, 80, 96): RGB, meant for the opening alone.
+    Input (batch, 12, h, 96), 0 to 1, some or all of the crop's rows, h a multiple of 8: the crop with the opening blanked (3), the
+    opening (1); the reference crop (3) and its opening (1); the same two moved so that the lower lips coincide (4). The
+    reference is 0 where there is none. Output (batch, 3, h, 96): RGB, meant for the opening alone.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96)) -> None:
