@@ -93,3 +93,12 @@ def test_resident_memory_follows_use() -> None:
     assert after - before > 192 << 20
     assert host.peak_rss_bytes() >= after - (4 << 20)
     del array
+
+
+def test_time_that_the_host_took_is_told_of_what_was_wanted(tmp_path: Path) -> None:
+    assert host.Stolen(tmp_path).percent() is None
+    _write(tmp_path, {"proc/stat": "cpu  100 0 50 900 5 0 0 10 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n"})
+    stolen = host.Stolen(tmp_path)
+    assert stolen.percent() == 0
+    _write(tmp_path, {"proc/stat": "cpu  160 0 70 1900 5 0 0 30 0 0\n"})
+    assert stolen.percent() == 20.0

@@ -28,6 +28,32 @@ def cores(root: Path = _ROOT) -> int:
     return max(usable, 1)
 
 
+class Stolen:
+    """How much of the CPU time that was wanted since it was made the host of a virtual machine gave to others."""
+
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._root = root
+        self._before = _cpu_times(root)
+
+    def percent(self) -> float | None:
+        """None where the system does not tell."""
+        now = _cpu_times(self._root)
+        if now is None or self._before is None:
+            return None
+        stolen, wanted = (a - b for a, b in zip(now, self._before, strict=True))
+        return round(100 * stolen / max(wanted, 1), 1)
+
+
+def _cpu_times(root: Path) -> tuple[int, int] | None:
+    """Of all CPUs since the start: what was stolen, and all that was not idle (proc_stat(5))."""
+    try:
+        line = (root / "proc/stat").read_text().split("\n", 1)[0]
+        user, nice, system, _, _, irq, softirq, stolen = (int(n) for n in line.split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return stolen, user + nice + system + irq + softirq + stolen
+
+
 def memory_total_bytes(root: Path = _ROOT) -> int:
     """The machine's memory, or the limit of this process's control group if less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -28,7 +28,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from beavervision.engine.host import cores, memory_total_bytes, peak_rss_bytes
+from beavervision.engine.host import Stolen, cores, memory_total_bytes, peak_rss_bytes
 from beavervision.errors import ModelError, UsageError
 from beavervision.evaluate.alone import Progress, call_alone
 from beavervision.evaluate.samples import portrait
@@ -72,7 +72,9 @@ _ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the figures were taken on. load_1min is the number of busy threads just before, all processes."""
+    """What the figures were taken on. load_1min is the number of busy threads just before, all processes;
+    stolen_percent is how much of the CPU time wanted during the run the host of a virtual machine gave to others.
+    """
 
     cpu: str
     cores: int
@@ -81,6 +83,7 @@ class Machine:
     python: str
     versions: dict[str, str]
     load_1min: float | None
+    stolen_percent: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +209,16 @@ def bench(
                 raise UsageError(f"{source} is no video of a known length: give one, or none.")
             size_px, exact, seconds = (info.width_px, info.height_px), info.rate, float(info.duration)
         options = {"model": model, "device": device, "allow_non_commercial": allow_non_commercial}
+        stolen = Stolen()
         run = _run(source, Path(scratch), seconds, preset, options, on_progress)
+        stolen_percent = stolen.percent()
         compared: dict[str, Any] = {}
         if compare and run["model"] != BEAVER.name:
             compared = {"note": f"Only {BEAVER.name} is compared with Wav2Lip."}
         elif compare:
             compared = call_alone(time_lipsync, {"source": str(source)})
     note = compared.pop("note", "")
-    machine = Machine(**run.pop("machine"), load_1min=load_1min)
+    machine = Machine(**run.pop("machine"), load_1min=load_1min, stolen_percent=stolen_percent)
     stages = tuple(StageFigures(**stage) for stage in run.pop("stages"))
     comparison = Comparison(**compared) if compared else None
     return BenchReport(
@@ -489,6 +494,8 @@ def _bench_table(report: BenchReport) -> RenderableType:
     facts.add_row("machine", f"{m.cpu}, {m.cores} cores, {m.memory_mb} MB, device {report.device}")
     if m.load_1min is not None:
         facts.add_row("busy before", f"{m.load_1min:.1f} threads" + (" (not quiet)" if m.load_1min > 0.5 else ""))
+    if m.stolen_percent:
+        facts.add_row("taken by its host", f"{m.stolen_percent:.1f} % of the CPU time wanted")
     facts.add_row("software", f"{m.system}, Python {m.python}, " + ", ".join(f"{k} {v}" for k, v in m.versions.items()))
     return Group(title, stages, facts)
 

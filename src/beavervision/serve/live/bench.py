@@ -23,7 +23,7 @@ import numpy as np
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from beavervision.engine.host import cores
+from beavervision.engine.host import Stolen, cores
 from beavervision.errors import BusyError, DeviceError
 from beavervision.live import Avatar, LiveEngine, LiveSession, Moment
 from beavervision.media import Picture, sample_at
@@ -86,7 +86,8 @@ class Load:
 class Soak:
     """A long run of one session. The skew is by how much a beep comes later than its flash (median) at `viewer`, which watches
     by WebRTC: a Chromium that stays for the whole run, or "aiortc", which plays both as they come, so that its buffer of
-    sound is in it and what the run did is the difference.
+    sound is in it and what the run did is the difference. stolen_percent is how much of the CPU time wanted the host of a
+    virtual machine gave to others.
     """
 
     minutes: float
@@ -97,6 +98,7 @@ class Soak:
     skew_start_ms: float
     skew_end_ms: float
     late_ms: Spread
+    stolen_percent: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ class LiveReport:
         if (s := self.soak) is not None:
             lines += [
                 f"{s.minutes:g} min: {s.pictures} pictures, {s.dropped_percent:.2f} % dropped, late p95 {s.late_ms.p95:.1f},",
+                *(
+                    [f"    {s.stolen_percent:.1f} % of the CPU time was taken by the machine's host,"]
+                    if s.stolen_percent
+                    else []
+                ),
                 f"    memory {s.memory_growth_mb:+.1f} MB, beep after flash in {s.viewer} {s.skew_start_ms:.1f} ms, at the end "
                 f"{s.skew_end_ms:.1f} ms",
             ]
@@ -425,7 +432,7 @@ class _Bench:
             seen = await stack.enter_async_context(browser_viewer(room)) if browser else None
             skew_start_s = await self._skew(room, seen)
             async with _drained(room):
-                began_s = time.monotonic()
+                began_s, stolen = time.monotonic(), Stolen()
                 memory_mb = 0.0
                 while (gone_s := time.monotonic() - began_s) < minutes * 60:
                     if not memory_mb and gone_s > min(_SETTLED_S, minutes * 20):
@@ -435,6 +442,7 @@ class _Bench:
                     await asyncio.to_thread(room.session.say, _TEXT)
                     await self._still(room)
                 pictures = room.session.facts()["pictures"]
+                stolen_percent = stolen.percent()
                 growth_mb, late_s = _memory_mb() - memory_mb, list(room.late_s)
             return Soak(
                 minutes=minutes,
@@ -445,6 +453,7 @@ class _Bench:
                 skew_start_ms=round(1e3 * skew_start_s, 1),
                 skew_end_ms=round(1e3 * await self._skew(room, seen), 1),
                 late_ms=Spread.of(late_s),
+                stolen_percent=stolen_percent,
             )
 
     async def _skew(self, room: _Seen, browser: BrowserViewer | None) -> float:
