@@ -615,11 +615,8 @@ def test_an_expression_comes_smoothly_and_stays_while_the_face_speaks_and_after(
     assert change[180] < 0.1 * change[50]
     assert np.abs(np.diff(change)).max() < 0.35 * change[50]  # no jump
     assert all(m.fresh for m in moments)
-    speaking, silent = (
-        float(np.std([m.picture.y[60:95, 84:140].mean() for m in moments[a:b]])) for a, b in ((62, 100), (40, 60))
-    )
-    assert speaking > 5 * silent, (speaking, silent)
-    assert speaking > 0.1
+    lips = [m.index for m in moments if 62 <= m.index < 100]
+    assert np.std([moments[i].picture.y[60:95, 84:140].mean() for i in lips]) > 0.2
     with pytest.raises(UsageError):
         session.set_expression("no such thing")
 

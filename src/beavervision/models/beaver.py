@@ -25,16 +25,17 @@ _LOW_ROWS, _LOW_EVERY = 40, 8
 _LOW_MARGIN = 3  # rows around the opening, at least
 
 
-def painted_rows(hole: F32 | U8) -> list[slice]:
-    """The rows of the painter's crop that it needs to see for the opening `hole` (80, 96): some choices, the best first; none
-    where it needs all.
-    """
+def painted_rows(hole: U8) -> slice:
+    """The rows of the painter's crop that it needs to see for the opening `hole` (80, 96)."""
     rows = np.flatnonzero(hole.any(axis=1))
     if not len(rows):
-        return []
+        return slice(0, PAINT_SIZE[1])
     first, last = max(int(rows[0]) - _LOW_MARGIN, 0), min(int(rows[-1]) + _LOW_MARGIN, PAINT_SIZE[1] - 1)
     tops = [t for t in range(0, PAINT_SIZE[1] - _LOW_ROWS + 1, _LOW_EVERY) if t <= first and last < t + _LOW_ROWS]
-    return [slice(t, t + _LOW_ROWS) for t in sorted(tops, key=lambda t: abs(2 * t + _LOW_ROWS - first - last))]
+    if not tops:
+        return slice(0, PAINT_SIZE[1])
+    top = min(tops, key=lambda t: abs(2 * t + _LOW_ROWS - first - last))
+    return slice(top, top + _LOW_ROWS)
 
 
 # The long-time spectrum of speech that the motion net expects, at some of the 64 bins, and how it is estimated.

@@ -284,7 +284,7 @@ class _Drawing:
         """
         lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, PAINT_SIZE, grow_px=0.8)
-        rows = next(iter(painted_rows(hole)), slice(0, PAINT_SIZE[1]))
+        rows = painted_rows(hole)
         hole = hole[rows]
         layers = np.empty((12, *hole.shape), np.float32)
         _view(self._planes, self._color, self._to_crop(rows.start), layers[:3])

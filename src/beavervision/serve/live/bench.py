@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import resource
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -23,7 +21,7 @@ import numpy as np
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from beavervision.engine.host import Stolen, cores
+from beavervision.engine.host import Stolen, cores, rss_bytes
 from beavervision.errors import BusyError, DeviceError
 from beavervision.live import Avatar, LiveEngine, LiveSession, Moment
 from beavervision.media import Picture, sample_at
@@ -436,14 +434,14 @@ class _Bench:
                 memory_mb = 0.0
                 while (gone_s := time.monotonic() - began_s) < minutes * 60:
                     if not memory_mb and gone_s > min(_SETTLED_S, minutes * 20):
-                        memory_mb = _memory_mb()
+                        memory_mb = rss_bytes() / 2**20
                         room.late_s.clear()
                     self._told(f"a long run, {gone_s / 60:.1f} of {minutes:g} min")
                     await asyncio.to_thread(room.session.say, _TEXT)
                     await self._still(room)
                 pictures = room.session.facts()["pictures"]
                 stolen_percent = stolen.percent()
-                growth_mb, late_s = _memory_mb() - memory_mb, list(room.late_s)
+                growth_mb, late_s = rss_bytes() / 2**20 - memory_mb, list(room.late_s)
             return Soak(
                 minutes=minutes,
                 pictures=pictures["due"],
@@ -613,11 +611,3 @@ async def _in_time(work: Any) -> Any:
 
 def _loud(pcm: Any) -> bool:
     return float(np.sqrt(np.mean(np.square(pcm, dtype=np.float64)))) > _LOUD
-
-
-def _memory_mb() -> float:
-    """Resident now where the system tells it, else the most so far."""
-    with suppress(OSError, IndexError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
