@@ -23,7 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExpressionReport:
     make_video(folder / "none_01.mp4", [empty() for _ in range(9)], Fraction(25))
     lines = ["none_01.mp4\tvalidate\tnone\t3\t0", "one_01.mp4\tvalidate\tone\t3\t0", "one_02.mp4\tvalidate\tone\t3\t0"]
     (folder / "index.tsv").write_text(HEAD + "\n".join(lines) + "\n", "utf-8")
-    return evaluate_expression(folder, people=2, talking=1, sentences=("Mama may buy maps.",))
+    return evaluate_expression(folder, people=2, talking=1)
 
 
 def test_controls_are_seen_again(report: ExpressionReport) -> None:
@@ -45,11 +45,9 @@ def test_presets_keep_the_mouth_talking(report: ExpressionReport) -> None:
 
 def test_presets_keep_the_lips_of_phones_closed(report: ExpressionReport) -> None:
     happy = report.phones["happy"]
-    assert happy.of == 6, "m m m b m p"
-    assert happy.closed_plain >= 3
-    assert happy.closed >= happy.closed_plain - 1, (
-        "which of six are found closed again differs by one from drawing to drawing"
-    )
+    assert happy.of == 28, "p, b and m of the two sentences"
+    assert happy.closed_plain >= 14
+    assert happy.kept > 0.95
     assert happy.opening_r > 0.9
 
 
