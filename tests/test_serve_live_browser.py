@@ -5,9 +5,11 @@ Where the face itself matters the sessions are real ones; for clocks they flash 
 
 from __future__ import annotations
 
+import base64
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ ARGUMENTS = [
 ]
 PATIENCE_S = 90.0
 BASE = "/api/v1/sessions"
+SYNC = files("beavervision") / "serve" / "web" / "live-sync.js"
 
 pytestmark = [
     pytest.mark.browser,
@@ -171,6 +174,44 @@ def test_flash_and_beep_meet_in_the_browser(
     page.click("#stop")
     holds(page, "document.querySelector('#state').textContent == 'The session has ended.'")
     holds(page, "fetch('/api/v1/sessions').then((r) => r.json()).then((all) => all.sessions.length == 0)")
+
+
+# A connection whose pictures are `early` ms ahead of their sound, if neither waits longer than is asked of it at first.
+APART = """async (sync) => {
+  window.fake = new EventTarget();
+  const video = { track: { kind: "video" } }, audio = { track: { kind: "audio" } };
+  window.held = () => [video.jitterBufferTarget, audio.jitterBufferTarget];
+  window.apart = () => fake.early - (video.jitterBufferTarget - fake.least) + audio.jitterBufferTarget;
+  fake.getReceivers = () => [video, audio];
+  fake.getStats = async () => new Map([
+    ["a", { type: "inbound-rtp", kind: "video", estimatedPlayoutTimestamp: 4e12 + apart() }],
+    ["b", { type: "inbound-rtp", kind: "audio", estimatedPlayoutTimestamp: 4e12 }],
+    ["c", { type: "transport" }],
+  ]);
+  (await import(sync)).keepInStep(fake);
+  fake.dispatchEvent(new Event("track"));
+  fake.least = video.jitterBufferTarget;
+}"""
+
+
+def test_sound_and_picture_that_the_browser_leaves_apart_are_brought_in_step(browser: Browser) -> None:
+    page = browser.new_page()
+    try:
+        page.clock.install()
+        page.evaluate(APART, f"data:text/javascript;base64,{base64.b64encode(SYNC.read_bytes()).decode()}")
+        least_ms, sound_ms = page.evaluate("held()")
+        assert (least_ms > 0, sound_ms) == (True, 0)
+        for early_ms in (30, -40):  # one waits longer then, never both
+            page.evaluate("(ms) => { fake.early = ms; }", early_ms)
+            page.clock.run_for(20_000)
+            picture_ms, sound_ms = page.evaluate("held()")
+            assert abs(page.evaluate("apart()")) < 5
+            assert (picture_ms > least_ms, sound_ms > 0) == (early_ms > 0, early_ms < 0)
+        page.evaluate("fake.connectionState = 'closed', fake.early = 90")
+        page.clock.run_for(20_000)
+        assert page.evaluate("held()") == [picture_ms, sound_ms]
+    finally:
+        page.close()
 
 
 def test_without_webrtc_the_page_falls_back_by_itself(flashing: LiveServer, live: Callable[..., Page]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
 _KEPT = 32  # pictures
 _POLL_S = 0.05
+_CONNECT_S = 30.0  # until the first pictures
 BETWEEN_S = 0.2  # two flashes or two beeps, at least
+_TAP_S = 0.02  # by which Chromium hands sound to what listens later than to the speakers (docs/live.md says how it was measured)
 
 # `look(n)` begins to note: when sound was heard first, and the luma of the pictures until `n` after that, each with the time at
 # which it is to be seen; the first of them and the last are kept. They are copied as they were decoded: drawing them on a canvas
 # and reading that back takes so long that sound and pictures come late. `marks`, unless null, gets when white pictures are to be
 # seen, and when tones leave the device, for which Chromium lets the pictures wait. Times are those of performance.now(), in ms.
-_PAGE = """async () => {
+_PAGE = (
+    """async (sync) => {
   const video = document.body.appendChild(document.createElement("video"));
   video.autoplay = true;
   const pc = (window.pc = new RTCPeerConnection());
-  pc.ontrack = ({ receiver, streams: [stream] }) => {
-    receiver.jitterBufferTarget = receiver.track.kind === "video" ? 75 : 0; // as the live page does
-    video.srcObject = stream;
-  };
+  const stream = new MediaStream();
+  pc.ontrack = ({ track }) => stream.addTrack(track);
+  (await import(sync)).keepInStep(pc); // as the live page does
   for (const kind of ["video", "audio"]) pc.addTransceiver(kind, { direction: "recvonly" });
   await pc.setLocalDescription(await pc.createOffer());
   while (pc.iceGatheringState !== "complete") await new Promise((go) => setTimeout(go, 20));
@@ -54,6 +57,7 @@ _PAGE = """async () => {
     return [planes.subarray(0, width * height), width];
   };
   const shown = (now, { expectedDisplayTime }) => {
+    video.requestVideoFrameCallback(shown);
     const seen = window.seen;
     if (window.marks) {
       thumbnail.drawImage(video, 0, 0, 8, 8);
@@ -65,24 +69,42 @@ _PAGE = """async () => {
       if (seen.pictures.length > KEPT) seen.pictures.splice(1, 1);
       if (seen.heard !== null) seen.after -= 1;
     }
-    video.requestVideoFrameCallback(shown);
   };
   video.requestVideoFrameCallback(shown);
 
-  window.listen = async () => {
+  const listen = async (each) => {
     const context = new AudioContext();
     const meter = new AnalyserNode(context, { fftSize: 256 });
     context.createMediaStreamSource(video.srcObject).connect(meter);
     await context.resume();
     const wave = new Float32Array(256);
-    setInterval(() => {
+    const timer = setInterval(() => {
       meter.getFloatTimeDomainData(wave);
-      const loud = Math.sqrt(wave.reduce((sum, v) => sum + v * v, 0) / wave.length) > 0.01;
-      const now = performance.now();
-      if (loud) window.seen.heard ??= now;
-      const tone = window.marks ? wave.findIndex((v) => Math.abs(v) > 0.2) : -1;
-      if (tone >= 0) mark(window.marks.beeps, now + 1000 * (context.outputLatency - (wave.length - tone) / context.sampleRate));
+      each(wave, performance.now(), context);
     }, 4);
+    return () => { clearInterval(timer); context.close(); };
+  };
+  window.listen = async () => {
+    await listen((wave, now) => {
+      if (Math.sqrt(wave.reduce((sum, v) => sum + v * v, 0) / wave.length) > 0.01) window.seen.heard ??= now;
+    });
+  };
+  window.mark = async () => {
+    const marks = (window.marks = { flashes: [], beeps: [] });
+    marks.end = await listen((wave, now, { sampleRate, outputLatency }) => {
+      const tone = wave.findIndex((v) => Math.abs(v) > 0.2);
+      if (tone >= 0) mark(marks.beeps, now + 1000 * (outputLatency - (wave.length - tone) / sampleRate - TAP));
+    });
+  };
+  window.marked = () => {
+    const { flashes, beeps, end } = window.marks;
+    window.marks = null;
+    end();
+    return { flashes, beeps };
+  };
+  window.play = async (sdp) => {
+    await pc.setRemoteDescription({ type: "answer", sdp });
+    video.srcObject = stream;
   };
   window.told = async (number) => {
     const [values, width] = await window.seen.pictures[number][1];
@@ -91,7 +113,10 @@ _PAGE = """async () => {
     return [btoa(text), width];
   };
   return pc.localDescription.sdp;
-}""".replace("KEPT", str(_KEPT)).replace("BETWEEN", str(round(1e3 * BETWEEN_S)))
+}""".replace("KEPT", str(_KEPT))
+    .replace("BETWEEN", str(round(1e3 * BETWEEN_S)))
+    .replace("TAP", str(_TAP_S))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +154,10 @@ class BrowserViewer:
 
     async def marks(self, count: int) -> tuple[list[float], list[float]]:
         """When the next `count` white pictures, or more, are seen, and when tones begin meanwhile: seconds of the page's clock."""
-        await self._page.evaluate("window.marks = { flashes: [], beeps: [] }")
+        await self._page.evaluate("window.mark()")
         while await self._page.evaluate("Math.min(window.marks.flashes.length, window.marks.beeps.length)") < count:
             await asyncio.sleep(_POLL_S)
-        told = await self._page.evaluate("() => { const { marks } = window; window.marks = null; return marks; }")
+        told = await self._page.evaluate("window.marked()")
         return [at_ms / 1e3 for at_ms in told["flashes"]], [at_ms / 1e3 for at_ms in told["beeps"]]
 
     async def _ahead_s(self) -> float:
@@ -152,6 +177,7 @@ async def browser_viewer(room: Room) -> AsyncIterator[BrowserViewer]:
 
     Raises:
         UsageError: the extra browser or a Chromium is missing.
+        TimeoutError: no picture comes.
     """
     try:
         from playwright.async_api import Error, async_playwright
@@ -165,10 +191,13 @@ async def browser_viewer(room: Room) -> AsyncIterator[BrowserViewer]:
             raise UsageError(f"No Chromium starts ({error.message.splitlines()[0]}). Install chromium.") from error
         try:
             page = await browser.new_page()
-            _, answer = await room.play(await page.evaluate(_PAGE), loopback=True)
-            await page.evaluate("(sdp) => window.pc.setRemoteDescription({ type: 'answer', sdp })", answer)
-            while await page.evaluate("window.seen.pictures.length") < 2:
-                await asyncio.sleep(_POLL_S)
+            sync = files("beavervision") / "serve" / "web" / "live-sync.js"
+            module = "data:text/javascript;base64," + base64.b64encode(sync.read_bytes()).decode()
+            _, answer = await room.play(await page.evaluate(_PAGE, module), loopback=True)
+            await page.evaluate("(sdp) => window.play(sdp)", answer)
+            async with asyncio.timeout(_CONNECT_S):
+                while await page.evaluate("window.seen.pictures.length") < 2:
+                    await asyncio.sleep(_POLL_S)
             await page.evaluate("window.listen()")
             yield BrowserViewer(page)
         finally:

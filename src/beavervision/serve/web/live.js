@@ -2,6 +2,7 @@
 
 import { askForKey, getJson, hasKey, request, sendJson, upload } from "./api.js";
 import { $, h, languageName } from "./dom.js";
+import { keepInStep } from "./live-sync.js";
 
 const CONNECT_MS = 6000; // for WebRTC, before the fallback
 const GATHER_MS = 500;
@@ -40,12 +41,8 @@ async function watchByWebRtc(media) {
   try {
     for (const kind of ["video", "audio"]) connection.addTransceiver(kind, { direction: "recvonly" });
     const stream = new MediaStream();
-    connection.addEventListener("track", ({ track, receiver }) => {
-      // ms: sound no longer than the network makes necessary. Its buffer and the device still take that much, for which browsers let
-      // the picture wait, but only after some 15 s if it is not told at once.
-      receiver.jitterBufferTarget = receiver.track.kind === "video" ? 75 : 0;
-      stream.addTrack(track);
-    });
+    connection.addEventListener("track", ({ track }) => stream.addTrack(track));
+    keepInStep(connection);
     address = await negotiate(connection, media.whep);
     screen.srcObject = stream;
     await within(CONNECT_MS, firstPicture());
