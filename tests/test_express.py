@@ -122,6 +122,14 @@ def test_a_small_blink_is_a_large_one_made_small() -> None:
         assert np.sqrt((lids**2).mean()) < 7.1, "a lash line in steps"
 
 
+def test_a_blink_leaves_what_is_above_the_brows_and_on_the_cheeks() -> None:
+    noise = np.random.default_rng(3).integers(0, 255, portrait().y.shape, np.uint8)
+    source = Picture(noise, portrait().u, portrait().v)
+    rows = np.flatnonzero((made(look(eyeBlink=1.0), picture=source).y != source.y).any(axis=1))
+    brows, cheeks = face().points_px[[105, 107, 334, 336], 1].min(), face().points_px[[50, 280], 1].max()
+    assert brows < rows.min() < rows.max() < cheeks
+
+
 def test_a_blink_is_no_squint() -> None:
     half = made(look(eyeBlink=0.5))
     assert rise(half, "eyeBlink") > 0.12

@@ -129,11 +129,7 @@ class _Warp:
         self._x, self._y, self._step = x, y, step
         size = np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1]))
         self._moves = (size > _MOVES_PX).astype(np.uint8)
-        grid *= _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))[..., None]
-        # Where each cell's middle comes from: linear interpolation between these is exact where nothing moves.
-        grid[..., 0] += (np.arange(grid.shape[1], dtype=np.float32) + 0.5) * step + (x - 0.5)
-        grid[..., 1] += ((np.arange(grid.shape[0], dtype=np.float32) + 0.5) * step + (y - 0.5))[:, None]
-        self._grid = grid
+        self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))[..., None]
 
     @classmethod
     def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
@@ -188,24 +184,22 @@ class _Warp:
         left, top = max(0, -self._x), max(0, -self._y)
         right = max(min(columns * step, region.width_px - self._x), left)
         bottom = max(min(rows * step, region.height_px - self._y), top)
-        where = cv2.resize(grid, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
-        # A chroma sample lies between two pixels: number i at 2 i + 0.5.
-        grid = grid * np.float32(0.5) - np.float32(0.25)
-        where_c = cv2.resize(grid, (columns * step // 2, rows * step // 2), interpolation=cv2.INTER_LINEAR)
-        return _Places(
-            self._x + left,
-            self._y + top,
-            np.asarray(where[top:bottom, left:right], np.float32),
-            np.asarray(where_c[top // 2 : bottom // 2, left // 2 : right // 2], np.float32),
-        )
+        where = cv2.resize(grid, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
+        half = (columns * step // 2, rows * step // 2)
+        where_c = cv2.resize(grid * np.float32(0.5), half, interpolation=cv2.INTER_LINEAR)
+        where_c = where_c[top // 2 : bottom // 2, left // 2 : right // 2]
+        x, y = self._x + left, self._y + top
+        for of, first_x, first_y in ((where, x, y), (where_c, x // 2, y // 2)):
+            of[..., 0] += np.arange(first_x, first_x + of.shape[1], dtype=np.float32)
+            of[..., 1] += np.arange(first_y, first_y + of.shape[0], dtype=np.float32)[:, None]
+        return _Places(x, y, np.asarray(where, np.float32), np.asarray(where_c, np.float32))
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
         cell = np.clip(
             ((place - [self._x, self._y]) / self._step).astype(int), 0, np.array(self._moves.shape[::-1]) - 1
         )
-        middle = (cell + 0.5) * self._step + [self._x, self._y] - 0.5
-        return np.asarray(place + middle - self._grid[cell[1], cell[0]], np.float32)
+        return np.asarray(place - self._grid[cell[1], cell[0]], np.float32)
 
 
 def _in_twos(box: F32) -> tuple[int, int, int, int]:
