@@ -310,9 +310,12 @@ _EYES = (
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
 )  # fmt: skip
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
+_LASH = 0.08  # how far above the opening lashes reach, in eye distances,
+_LASH_SHARE = 0.6  # and at most, of the skin that moves
 _SHADE = 0.045  # how far the upper lid shades the eyeball, in eye distances: what is bared is not taken from there
 _REACH = 0.6  # of the way from the upper lid to the brow, how far its skin moves: a crease higher up, or a frame of glasses, stays
 _BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made up
+_FINE_PX = 64.0  # eyes shorter than that have the lids' curves in every pixel, others in every fourth
 _MEETS = 0.5  # of the gap, from where on the lids may meet
 _PARTS = 256  # of an eye's length, for each of which the lids' heights are told
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
@@ -361,7 +364,11 @@ class _Eye:
 
     def box(self, middle: F32) -> F32:
         """What the eye moves if it is drawn around `middle`: x, y, x end, y end."""
-        side, up = 0.53 * self.span_px + 2, self.above_px + 0.26 * self.span_px
+        (x, upper), (x_lower, lower) = self.lids
+        fall = np.maximum(np.interp(x, x_lower, lower) - upper, 0) * self.close_upper
+        # The skin moves up to so far above the lid as it will be.
+        reach = float(max(fall.max(), 0.0) - (upper + fall).min())
+        side, up = 0.53 * self.span_px + 2, self.above_px + max(0.26 * self.span_px, reach + 2)
         low = _BELOW * self.scale_px + 0.2 * self.span_px
         return np.array([middle[0] - side, middle[1] - up, middle[0] + side, middle[1] + low], np.float32)
 
@@ -378,8 +385,9 @@ class _Eye:
         y, fall, rise, seam = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
         most = max(float(fall.max()), 1e-3)
-        # Evenly over the lid's length: stretched most beside the lashes, their dark line would cover the whole lid.
-        over = _unit(y * np.float32(1 / (self.above_px + most)) + 1)
+        # The lashes go along as they are and what is above them is stretched, evenly: their dark line would cover the whole lid.
+        lash = np.float32(min(_LASH * self.scale_px, _LASH_SHARE * self.above_px))
+        over = _unit((y + lash) * np.float32(1 / (self.above_px - lash + most)) + 1)
         under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
         lids = (-fall * over, rise * under)
         skin = np.where(y < seam, *lids)
@@ -406,17 +414,21 @@ class _Eye:
 
     def _lids(self, source: F32) -> tuple[F32, F32, F32, F32]:
         """For places (h, w, 2), all (h, w): y against the new upper lid, how far the lids move towards each other, and where the
-        lower one's skin begins. h and w are multiples of four: the lids' curves are interpolated between every fourth pixel."""
-        coarse = (source[1::4, 1::4] + source[2::4, 2::4]) * np.float32(0.5) - (self.corner - np.float32(0.5))
+        lower one's skin begins. h and w are multiples of four: in large eyes the lids' curves are interpolated between every
+        fourth pixel."""
+        small = self.span_px < _FINE_PX
+        coarse = source if small else (source[1::4, 1::4] + source[2::4, 2::4]) * np.float32(0.5)
+        coarse = coarse - (self.corner - np.float32(0.5))
         x = coarse @ (self.across / np.float32(self.span_px))
         upper, lower = (np.interp(x, lid[0], lid[1], left=0.0, right=0.0).astype(np.float32) for lid in self.lids)
         gap = np.maximum(lower - upper, 0)
         fall, rise = gap * np.float32(self.close_upper), gap * np.float32(self.close_lower)
         margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
         seam = np.maximum(gap - fall - rise - margin * np.float32(0.5), margin)
-        planes = cv2.merge([coarse @ self.down - upper - fall, fall, rise, seam])
-        fine = cv2.split(cv2.resize(planes, source.shape[1::-1], interpolation=cv2.INTER_LINEAR))
-        y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in fine)
+        y = np.asarray(coarse @ self.down - upper - fall, np.float32)
+        if not small:
+            fine = cv2.resize(cv2.merge([y, fall, rise, seam]), source.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+            y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in cv2.split(fine))
         return y, fall, rise, seam
 
     def _ball(self, cut: _Cut, source: F32, y: F32, fall: F32, rise: F32, room: F32, alpha: F32) -> tuple[_Layer, ...]:
