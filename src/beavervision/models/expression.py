@@ -75,8 +75,7 @@ class ExpressionBasis:
 
     def closing(self, controls: F32) -> F32:
         """By how much of its gap each lid moves, (2, 2) as :attr:`lids`; no eye closes further than shut."""
-        # As much of their way at 1 as :func:`_eased` gives, less at 0.5: half shut looks like a squint.
-        lids = np.tensordot(controls * (np.float32(1.2) - np.float32(8 / 15) * np.abs(controls)), self.lids, axes=1)
+        lids = np.tensordot(_eased(controls, 7 / 15), self.lids, axes=1)  # an eye half shut looks like a squint
         total = lids.sum(axis=1, keepdims=True)
         return np.asarray(np.where(total > 1, lids / np.maximum(total, 1e-6), np.maximum(lids, -_MAX_WIDE)), np.float32)
 
@@ -84,9 +83,11 @@ class ExpressionBasis:
 _MAX_WIDE = 0.7  # of its gap, how far a lid may be raised
 
 
-def _eased(controls: F32) -> F32:
-    """Controls so that small ones count for more and large ones for less; 0.5 stays what it is."""
-    return np.asarray(controls * (2 - np.abs(controls)) * np.float32(2 / 3), np.float32)
+def _eased(controls: F32, half: float = 0.5) -> F32:
+    """Controls so that small ones count for more and large ones for less: 0.5 becomes `half`, and 1 two thirds."""
+    return np.asarray(
+        controls * (np.float32(4 * half - 2 / 3) - np.float32(4 * half - 4 / 3) * np.abs(controls)), np.float32
+    )
 
 
 @cache

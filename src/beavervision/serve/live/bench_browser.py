@@ -32,8 +32,7 @@ _TAP_S = 0.02  # by which Chromium hands sound to what listens later than to the
 # which it is to be seen; the first of them and the last are kept. They are copied as they were decoded: drawing them on a canvas
 # and reading that back takes so long that sound and pictures come late. `marks`, unless null, gets when white pictures are to be
 # seen, and when tones leave the device, for which Chromium lets the pictures wait. Times are those of performance.now(), in ms.
-_PAGE = (
-    """async (sync) => {
+_PAGE = """async ({ sync, kept, betweenMs, tapS }) => {
   const video = document.body.appendChild(document.createElement("video"));
   video.autoplay = true;
   const pc = (window.pc = new RTCPeerConnection());
@@ -47,7 +46,7 @@ _PAGE = (
   window.look = (after) => { window.seen = { heard: null, pictures: [], after }; };
   window.look(0);
   window.marks = null;
-  const mark = (list, at) => { if (!list.length || at - list.at(-1) > BETWEEN) list.push(at); };
+  const mark = (list, at) => { if (!list.length || at - list.at(-1) > betweenMs) list.push(at); };
   const thumbnail = new OffscreenCanvas(8, 8).getContext("2d", { willReadFrequently: true });
   const luma = async (frame) => {
     const { width, height } = frame.visibleRect;
@@ -66,7 +65,7 @@ _PAGE = (
     }
     if (seen.heard === null || seen.after > 0) {
       seen.pictures.push([expectedDisplayTime, luma(new VideoFrame(video, { timestamp: 0 }))]);
-      if (seen.pictures.length > KEPT) seen.pictures.splice(1, 1);
+      if (seen.pictures.length > kept) seen.pictures.splice(1, 1);
       if (seen.heard !== null) seen.after -= 1;
     }
   };
@@ -93,7 +92,7 @@ _PAGE = (
     const marks = (window.marks = { flashes: [], beeps: [] });
     marks.end = await listen((wave, now, { sampleRate, outputLatency }) => {
       const tone = wave.findIndex((v) => Math.abs(v) > 0.2);
-      if (tone >= 0) mark(marks.beeps, now + 1000 * (outputLatency - (wave.length - tone) / sampleRate - TAP));
+      if (tone >= 0) mark(marks.beeps, now + 1000 * (outputLatency - (wave.length - tone) / sampleRate - tapS));
     });
   };
   window.marked = () => {
@@ -113,10 +112,7 @@ _PAGE = (
     return [btoa(text), width];
   };
   return pc.localDescription.sdp;
-}""".replace("KEPT", str(_KEPT))
-    .replace("BETWEEN", str(round(1e3 * BETWEEN_S)))
-    .replace("TAP", str(_TAP_S))
-)
+}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +189,8 @@ async def browser_viewer(room: Room) -> AsyncIterator[BrowserViewer]:
             page = await browser.new_page()
             sync = files("beavervision") / "serve" / "web" / "live-sync.js"
             module = "data:text/javascript;base64," + base64.b64encode(sync.read_bytes()).decode()
-            _, answer = await room.play(await page.evaluate(_PAGE, module), loopback=True)
+            given = {"sync": module, "kept": _KEPT, "betweenMs": 1e3 * BETWEEN_S, "tapS": _TAP_S}
+            _, answer = await room.play(await page.evaluate(_PAGE, given), loopback=True)
             await page.evaluate("(sdp) => window.play(sdp)", answer)
             async with asyncio.timeout(_CONNECT_S):
                 while await page.evaluate("window.seen.pictures.length") < 2:
