@@ -82,6 +82,15 @@ def test_smoothing_does_not_lag() -> None:
     assert lags[0] < 0.35
 
 
+def test_the_last_clip_may_be_shorter() -> None:
+    path = [2.0 * i for i in range(21)]
+    whole, cut = (
+        np.concatenate([centres([t]) for t in track([moved(dx=dx) for dx in path[:count]])])[:, 0] for count in (21, 20)
+    )
+    assert np.abs(np.diff(whole) - 2).max() < 0.6
+    assert np.abs(whole[:20] - cut).max() < 0.6
+
+
 def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:
     shown = [portrait()] * 10 + [empty(g) for g in (88, 89, 90, 91, 92, 93, 94, 95)] + [portrait()] * 10
     tracks = track(shown)

@@ -232,8 +232,9 @@ class Detect:
             waiting.append(clip)
             seen.extend(tracker.look(picture) for picture in clip.frames.pictures)
             while waiting and len(seen) - passed >= len(waiting[0]) + self._look_ahead:
-                yield self._tracked(waiting.popleft(), seen, passed)
-                passed = self._forget(seen, passed + len(clip))
+                first = waiting.popleft()
+                yield self._tracked(first, seen, passed)
+                passed = self._forget(seen, passed + len(first))
         while waiting:
             first = waiting.popleft()
             yield self._tracked(first, seen, passed)
