@@ -3,15 +3,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cache
+from typing import cast
 
 import cv2
 import numpy as np
 import pytest
 
 from beavervision.errors import UsageError
-from beavervision.media import Clip, FaceState, FaceTrack, Frames, Picture
-from beavervision.models.face import FaceNets, blendshape_names
-from beavervision.models.mesh import OUTER_CORNERS, canonical, fit_pose
+from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Picture
+from beavervision.models.face import Crop, Detection, FaceNets, blendshape_names
+from beavervision.models.mesh import INNER_LIP, OUTER_CORNERS, canonical, fit_pose
 from beavervision.stages.decode import from_rgb
 from beavervision.stages.detect import Detect, FaceChoice, survey
 from tests.faces import empty, moved, portrait, portrait_rgb
@@ -89,6 +90,99 @@ def test_the_last_clip_may_be_shorter() -> None:
     )
     assert np.abs(np.diff(whole) - 2).max() < 0.6
     assert np.abs(whole[:20] - cut).max() < 0.6
+
+
+class _Counting:
+    """The nets, and which of `pictures` their mesh was asked about; `lips_px` moves the lips of each."""
+
+    def __init__(self, pictures: list[Picture], lips_px: list[float] | None) -> None:
+        self.asked: list[Picture] = []
+        self._lips_px = {} if lips_px is None else {id(p): px for p, px in zip(pictures, lips_px, strict=True)}
+
+    def detect(self, picture: Picture, *, tiles: bool = True) -> tuple[Detection, ...]:
+        return nets().detect(picture, tiles=tiles)
+
+    def face(self, picture: Picture, crop: Crop, *, settle: int = 0, shapes: bool = True) -> Face | None:
+        self.asked.append(picture)
+        found = nets().face(picture, crop, settle=settle, shapes=shapes)
+        if found is not None:
+            found.points_px[INNER_LIP] += np.float32(self._lips_px.get(id(picture), 0.0))
+        return found
+
+
+def spared(
+    pictures: list[Picture], block: int = 8, lips_px: list[float] | None = None
+) -> tuple[list[FaceTrack], list[bool]]:
+    """The tracks of `pictures`, and which of these the nets did not look at."""
+    counting = _Counting(pictures, lips_px)
+    out = list(Detect(cast(FaceNets, counting), sparing=True)(clips(pictures, block)))
+    tracks = [c.track for c in out if c.track is not None]
+    assert sum(len(t.faces) for t in tracks) == len(pictures)
+    return tracks, [all(picture is not asked for asked in counting.asked) for picture in pictures]
+
+
+@pytest.mark.parametrize(("count", "block"), [(20, 8), (21, 8), (21, 3), (5, 8), (4, 1)])
+def test_every_other_picture_of_a_steady_face_is_spared(count: int, block: int) -> None:
+    path = [1.5 * i for i in range(count)]
+    pictures = [moved(dx=dx) for dx in path]
+    tracks, left_out = spared(pictures, block)
+    assert left_out == [i > 2 and i % 2 == 1 and i < count - 1 for i in range(count)]
+    assert np.abs(centres(tracks) - centres(track(pictures))).max() < 0.25
+    assert {s for t in tracks for s in t.states} == {FaceState.OK}
+
+
+def test_a_picture_in_which_the_face_jumps_aside_is_looked_at() -> None:
+    """There and back within one picture: its neighbours tell nothing of it."""
+    pictures = [moved(dx=0.3 * i) for i in range(16)]
+    pictures[9] = moved(dx=12)
+    tracks, left_out = spared(pictures)
+    assert left_out[7]
+    assert not left_out[9]
+    raw = [face for t in track(pictures, look_ahead=0) for face in t.faces]
+    assert raw[9] is not None
+    found, near = (centres(t)[9, 0] for t in (tracks, track(pictures)))
+    assert abs(found - near) < 0.25
+
+
+def test_a_picture_before_which_the_lips_had_been_still_is_looked_at() -> None:
+    """It looks like its neighbours, but the lips of the next were found elsewhere: somewhere between they began to move."""
+    pictures = [portrait() for _ in range(16)]
+    tracks, left_out = spared(pictures, lips_px=[0.0] * 10 + [3.0] * 6)
+    assert left_out[7]
+    assert not left_out[9]
+    assert left_out[13]
+    assert {s for t in tracks for s in t.states} == {FaceState.OK}
+
+
+def test_a_picture_in_which_the_mouth_alone_changes_is_looked_at() -> None:
+    rgb = portrait_rgb().copy()
+    rgb[138:158, 205:245] = rgb[160:180, 205:245]
+    pictures = [moved(dx=0.3 * i) for i in range(16)]
+    pictures[9] = from_rgb(rgb)
+    _, left_out = spared(pictures)
+    assert left_out[7]
+    assert not left_out[9]
+
+
+def test_nothing_is_spared_across_a_cut_or_when_the_face_goes() -> None:
+    gone = [moved(dx=0.3 * i) for i in range(10)] + [empty()] * 6
+    tracks, _ = spared(gone)
+    states = [s for t in tracks for s in t.states]
+    assert states[:10] == [FaceState.OK] * 10
+    assert FaceState.OK not in states[10:]
+    other = from_rgb(np.ascontiguousarray(np.roll(255 - portrait_rgb() // 2, 90, axis=1)))
+    tracks, left_out = spared([moved(dx=0.3 * i) for i in range(10)] + [other] * 8)
+    assert [n for t in tracks for n in t.shot] == [0] * 10 + [1] * 8
+    assert not left_out[9]
+
+
+def test_a_still_picture_shown_again_and_again_is_looked_at_once() -> None:
+    still, pictures = portrait(), [moved(dx=0.3 * i) for i in range(4)]
+    tracks, _ = spared([*pictures, still, still, still, still])
+    faces = [face for t in tracks for face in t.faces]
+    assert all(face is faces[-1] for face in faces[-2:])
+    alone, _ = spared([still] * 9)
+    assert len({id(face) for t in alone for face in t.faces}) == 1
 
 
 def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:

@@ -226,7 +226,7 @@ class Pipeline:
         else:
             nets = FaceNets()
             seen = self._survey(info, nets, choice) if look is None else look.survey
-            detect = Detect(nets, seen.choice, shapes=expresses)
+            detect = Detect(nets, seen.choice, shapes=expresses, sparing=True)
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None

@@ -2,7 +2,8 @@
 
 Tracking re-crops the mesh from its own last points and looks for the face anew only when it is lost or the shot changes.
 Points are smoothed over five pictures by a symmetric polynomial fit, which takes out jitter without lag, at
-the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes.
+the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes. Where the face goes on
+evenly, which most do that wait, listen or are a portrait, every other picture is spared the nets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from beavervision.errors import UsageError
 from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Picture, Reference, Region
 from beavervision.models.cover import Appearance, colours
 from beavervision.models.face import Crop, FaceNets
-from beavervision.models.mesh import fit_pose, opening
+from beavervision.models.mesh import INNER_LIP, OUTER_LIP, fit_pose, opening
 
 LOOK_AHEAD = 4  # pictures seen before one is let go
 _SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
@@ -27,6 +28,12 @@ _MAX_PITCH_DEG = 38.0
 _RETRY = 5  # a lost face is searched for in one of so many pictures
 _CUT_LEVEL = 22.0  # mean difference of luma thumbnails that makes a cut, if it also stands out of the last ones
 _CUT_RATIO = 4.0
+# A picture between two others is spared where its points would be off the middle of theirs by less than this, in crop sides,
+# and where no part of the face looks other than the mean of theirs by as much, in levels of luma.
+_UNEVEN = 0.001
+_UNLIKE = 6.0
+_LIPS = np.concatenate([INNER_LIP, OUTER_LIP])
+_PARTS = 32  # of the face's height and width that are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +211,7 @@ class _Seen:
 class Detect:
     """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off. Without `tiles` small faces are
     not searched for, which would hold up a live picture; without `shapes` faces that are followed come without blendshapes.
+    With `sparing` a picture may get the mean of what was found in its neighbours, which needs one more picture of delay.
     """
 
     name = "detect"
@@ -216,25 +224,29 @@ class Detect:
         look_ahead: int = LOOK_AHEAD,
         tiles: bool = True,
         shapes: bool = True,
+        sparing: bool = False,
     ) -> None:
         self._nets = nets
         self._choice = choice or FaceChoice()
         self._look_ahead = look_ahead
         self._tiles = tiles
         self._shapes = shapes
+        self._sparing = sparing
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        tracker = _Tracker(self._nets, self._choice, self._tiles, self._shapes)
+        tracker = _Tracker(self._nets, self._choice, self._tiles, self._shapes, self._sparing)
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
         for clip in clips:
             waiting.append(clip)
-            seen.extend(tracker.look(picture) for picture in clip.frames.pictures)
+            for picture in clip.frames.pictures:
+                seen.extend(tracker.look(picture))
             while waiting and len(seen) - passed >= len(waiting[0]) + self._look_ahead:
                 first = waiting.popleft()
                 yield self._tracked(first, seen, passed)
                 passed = self._forget(seen, passed + len(first))
+        seen.extend(tracker.end())
         while waiting:
             first = waiting.popleft()
             yield self._tracked(first, seen, passed)
@@ -284,11 +296,12 @@ class Detect:
 class _Tracker:
     """Follows one face from picture to picture; the state of one stream."""
 
-    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool, shapes: bool) -> None:
+    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool, shapes: bool, sparing: bool) -> None:
         self._nets = nets
         self._choice = choice
         self._tiles = tiles
         self._shapes = shapes
+        self._sparing = sparing
         self._crop: Crop | None = None
         self._last: tuple[Picture, _Seen] | None = None
         self._thumbnail: F32 | None = None
@@ -296,20 +309,84 @@ class _Tracker:
         self._shot = 0
         self._missed = 0
         self._look = Appearance()
+        self._trail: deque[F32 | None] = deque(
+            maxlen=3
+        )  # the last points; None where not all was well, or the shot another
+        self._held: Picture | None = None  # a picture that waits to be spared
+        self._may_hold = False
 
-    def look(self, picture: Picture) -> _Seen:
-        if self._last is not None and self._last[0] is picture:
-            return self._last[1]
+    def look(self, picture: Picture) -> list[_Seen]:
+        """What is to be seen in `picture`, or nothing as long as it waits for the next; before it, what had been waiting."""
+        if self._held is picture:
+            return [*(seen := self.end()), *seen]
+        if self._held is None and self._last is not None and self._last[0] is picture:
+            return [self._last[1]]
         cut = self._is_cut(picture)
+        held, self._held = self._held, None
+        if held is None:
+            if self._may_hold and not cut:
+                self._held = picture
+                return []
+            return [self._seen(picture, cut)]
+        if not cut and (spared := self._spare(held, picture)) is not None:
+            return spared
+        return [self._seen(held, False), self._seen(picture, cut)]
+
+    def end(self) -> list[_Seen]:
+        """What is to be seen in the picture that waits, if one does."""
+        held, self._held = self._held, None
+        return [] if held is None else [self._seen(held, False)]
+
+    def _seen(self, picture: Picture, cut: bool) -> _Seen:
         if cut:
             self._shot += 1
             self._crop, self._missed, self._look = None, 0, Appearance()
+            self._trail.clear()
         face = self._find(picture)
         missing = FaceState.CUT if cut else FaceState.LOST
         state = self._judge(picture, face) if face is not None else missing
+        return self._followed(picture, face, state)
+
+    def _followed(self, picture: Picture, face: Face | None, state: FaceState) -> _Seen:
         seen = _Seen(face, state, self._shot)
         self._last = (picture, seen)
+        self._trail.append(face.points_px if face is not None and state is FaceState.OK else None)
+        self._may_hold = self._sparing and len(self._trail) == 3 and all(points is not None for points in self._trail)
         return seen
+
+    def _spare(self, held: Picture, picture: Picture) -> list[_Seen] | None:
+        """What is to be seen in both, if the face goes on so evenly that `held` needs no look of its own."""
+        assert self._crop is not None
+        assert self._last is not None
+        (earlier_picture, earlier), crop = self._last, self._crop
+        face = self._nets.face(picture, crop, shapes=self._shapes)
+        if face is None or earlier.face is None or not _near(face, crop):
+            return None
+        middle = _middle(earlier.face, face)
+        near = ((earlier_picture, earlier.face), (picture, face))
+        even = self._is_even(face.points_px, crop) and _is_like(held, middle.points_px, near)
+        if not even:
+            # The face of `picture` is known already: only the held one is looked for, from a better guess than it had.
+            found = self._nets.face(held, Crop.of_points(middle.points_px), shapes=self._shapes)
+            if found is None:
+                return None
+            middle = found
+        self._crop = Crop.of_points(face.points_px)
+        if even and self._judge(picture, face) is FaceState.OK:
+            return [self._followed(held, middle, FaceState.OK), self._followed(picture, face, FaceState.OK)]
+        return [
+            self._followed(held, middle, self._judge(held, middle)),
+            self._followed(picture, face, self._judge(picture, face)),
+        ]
+
+    def _is_even(self, points_px: F32, crop: Crop) -> bool:
+        """Whether the points go on from where they were one and three pictures before the one that waits."""
+        first, _, second = self._trail
+        assert first is not None
+        assert second is not None
+        # Of an even acceleration the middle of two pictures is off by an eighth of this.
+        off = np.linalg.norm((points_px - 2 * second + first)[:, :2], axis=1) / (8 * crop.side_px)
+        return bool(max(np.quantile(off, 0.95), off[_LIPS].mean()) < _UNEVEN)
 
     def _find(self, picture: Picture) -> Face | None:
         if self._crop is not None:
@@ -344,6 +421,31 @@ class _Tracker:
             return FaceState.PROFILE
         covered = self._look.covered(colours(picture, face.points_px), pose)
         return FaceState.OCCLUDED if covered else FaceState.OK
+
+
+def _middle(one: Face, other: Face) -> Face:
+    shapes = None if one.shapes is None or other.shapes is None else (one.shapes + other.shapes) * np.float32(0.5)
+    return Face((one.points_px + other.points_px) * np.float32(0.5), shapes, min(one.confidence, other.confidence))
+
+
+def _is_like(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Picture, Face]]) -> bool:
+    """Whether the face in `picture`, at about `points_px`, looks like the mean of the same face in its neighbours."""
+    size = np.array([picture.width_px, picture.height_px])
+    low = np.clip(points_px[:, :2].min(axis=0), 0, size - 2).astype(int)
+    high = np.clip(points_px[:, :2].max(axis=0), low + 2, size).astype(int)
+    skip = max(1, int(high[1] - low[1]) // (4 * _PARTS))  # a quarter of each part's rows tells enough
+
+    def parts(of: Picture, shift: F32) -> F32:
+        (x, y), (width, height) = np.clip(low + shift, 0, size - (high - low)).astype(int), high - low
+        box = of.y[y : y + height : skip, x : x + width]
+        return np.asarray(cv2.resize(box, (_PARTS, _PARTS), interpolation=cv2.INTER_AREA), np.float32)
+
+    centre = points_px[:, :2].mean(axis=0)
+    usual = np.mean(
+        [parts(of, np.rint(face.points_px[:, :2].mean(axis=0) - centre)) for of, face in neighbours], axis=0
+    )
+    unlike = np.abs(parts(picture, np.zeros(2, np.float32)) - usual)
+    return bool(np.quantile(unlike, 0.98) < _UNLIKE)
 
 
 def _near(face: Face, crop: Crop) -> bool:
