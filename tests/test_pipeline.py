@@ -12,8 +12,12 @@ import pytest
 from PIL import Image
 
 from beavervision import Pipeline
+from beavervision import pipeline as module
+from beavervision.engine.memory import MemoryBudget
+from beavervision.engine.placement import Device
 from beavervision.errors import Interrupted, LicenceError, NoFaceError, UsageError
 from beavervision.media import Audio, Clip, Frames, Picture
+from beavervision.models.beaver import Beaver
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
 from beavervision.speech import speak, write_wav
@@ -205,6 +209,49 @@ def test_contradictory_options_are_refused(
     with pytest.raises(UsageError, match=message):
         pipeline().lipsync(still, tmp_path / "out.mp4", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_share_the_gpus_of_a_plan(still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs are pretended; what would run there runs on the CPU. A run keeps its device, and leaves it when it ends."""
+    loaded: list[str] = []
+    drawing: list[str] = []
+    load, stage = module.load_beaver, module._Beaver.stage
+
+    def load_here(device: str, threads: int) -> Beaver:
+        loaded.append(device)
+        return load("cpu", threads=threads)
+
+    def noted(self: module._Beaver, *args: object) -> module.Stage:
+        drawing.append(self.device)
+        return stage(self, *args)  # type: ignore[arg-type]
+
+    here = (Device("cpu", 8000), Device("cuda:0", 16000), Device("cuda:1", 16000))
+    monkeypatch.setattr(module, "available_devices", lambda **_: here)
+    monkeypatch.setattr(module, "load_beaver", load_here)
+    monkeypatch.setattr(
+        module, "MemoryBudget", lambda device, *args: MemoryBudget(device, *args, probe=lambda: (1, 100))
+    )
+    monkeypatch.setattr(module._Beaver, "stage", noted)
+    shared = Pipeline(device="cuda:0,cuda:1", settings=Settings(preset="ultrafast"))
+    assert loaded == ["cuda:0", "cuda:1"]
+
+    def begun() -> Iterator[Clip]:
+        rate = Fraction(25)
+        sources = (Clip(Frames((portrait(),) * 8, 8 * i, rate)) for i in range(40))
+        sound = (Audio(np.zeros((1, 16000), np.float32), 16000, 16000 * i) for i in range(13))
+        running = iter(shared.clips(sources, sound))
+        next(running)
+        return running
+
+    first, second = begun(), begun()
+    assert drawing == ["cuda:0", "cuda:1"]
+    first.close()  # type: ignore[attr-defined]
+    third = begun()
+    assert drawing == ["cuda:0", "cuda:1", "cuda:0"]
+    for running in (second, third):
+        running.close()  # type: ignore[attr-defined]
+    shared.lipsync(still, tmp_path / "out.mp4", text="Hi.")
+    assert drawing[-1] == "cuda:0"
 
 
 @pytest.mark.torch

@@ -25,7 +25,7 @@ from beavervision.engine.batcher import MicroBatcher
 from beavervision.engine.flow import Flow
 from beavervision.engine.host import cores
 from beavervision.engine.memory import MemoryBudget
-from beavervision.engine.placement import DevicePlan, Placement, StageCost, available_devices, plan, resolve
+from beavervision.engine.placement import DevicePlan, StageCost, available_devices, plan, resolve
 from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
 from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Picture, Stage, pictures_for
@@ -139,9 +139,17 @@ class Pipeline:
         self._restorers: dict[str, Restorer] = {}
         self._restorers_lock = threading.Lock()
         make = _MODELS.get(name, _Imported)
-        self._model: _Model = make(name, self.plan["lipsync"], self.settings.data_dir, allow_non_commercial)
-        for budget in self.budgets:
-            budget.on_pressure(self._model.net.halve)
+        where = self.plan["lipsync"]
+        self._models = Replicas(
+            [
+                make(name, device, where.threads, self.settings.data_dir, allow_non_commercial)
+                for device in where.devices
+            ]
+        )
+        self._model = self._models.first
+        for budget, on_it in itertools.product(self.budgets, self._models):
+            if budget.device in ("cpu", on_it.device):
+                budget.on_pressure(on_it.net.halve)
 
     @property
     def card(self) -> ModelCard:
@@ -258,7 +266,7 @@ class Pipeline:
         flow = flow.then(detect).then(_Named("hear", hear))
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
-        flow = flow.then(self._model.stage(seen, None if manner is None else manner.amplitude))
+        flow = flow.then(self._models.stage(seen, None if manner is None else manner.amplitude))
         flow = flow.then(Render(match=self._model.seams))
         if expresses:
             flow = flow.then(Express(load_basis()))
@@ -358,7 +366,7 @@ class Pipeline:
             Detect(nets, seen.choice, shapes=expresses),
             _Named("hear", lambda heard: hear(heard, iter(audio))),
             *([self._direct(script or Script(), alive, seed, style)] if expresses else []),
-            self._model.stage(seen, None if style is None else style.amplitude),
+            self._models.stage(seen, None if style is None else style.amplitude),
             Render(match=self._model.seams),
             *([Express(load_basis())] if expresses else []),
         ]
@@ -383,7 +391,7 @@ class Pipeline:
             _Named("hear", lambda clips: hear(clips, audio)),
             *([self._direct(script, False, seed, None)] if script is not None else []),
             *between,
-            self._model.stage(seen),
+            self._models.stage(seen),
             Render(match=self._model.seams),
             *([Express(load_basis())] if script is not None else []),
         )
@@ -589,6 +597,7 @@ class _Model:
     timing: Timing
     row_ahead_ms: float  # from a picture's time to the middle of the last feature row that it needs, at most
     net: MicroBatcher  # the network that runs share
+    device: str
     seams: bool  # whether what it draws differs from the picture at the mask's edge
 
     def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
@@ -610,8 +619,9 @@ class _Beaver(_Model):
     front_end = "logmel"
     seams = False
 
-    def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
-        self._files = load_beaver(where.devices[0], threads=where.threads)
+    def __init__(self, name: str, device: str, threads: int, data_dir: Path, allow_non_commercial: bool) -> None:
+        self.device = device
+        self._files = load_beaver(device, threads=threads)
         self.timing = self._files.timing
         self.net = _shared(self._files.painter, "painter")
 
@@ -628,11 +638,10 @@ class _Imported(_Model):
     row_ahead_ms = 15 * 12.5
     seams = True
 
-    def __init__(self, name: str, where: Placement, data_dir: Path, allow_non_commercial: bool) -> None:
+    def __init__(self, name: str, device: str, threads: int, data_dir: Path, allow_non_commercial: bool) -> None:
+        self.device = device
         store = ModelStore(data_dir)
-        net = store.open(
-            name, allow_non_commercial=allow_non_commercial, device=where.devices[0], threads=where.threads
-        )
+        net = store.open(name, allow_non_commercial=allow_non_commercial, device=device, threads=threads)
         self.card = store.get(name).card
         assert Wav2LipSync.timing is not None
         self.timing = Wav2LipSync.timing
@@ -640,6 +649,37 @@ class _Imported(_Model):
 
     def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
         return Wav2LipSync(self.net)
+
+
+class Replicas:
+    """One model on several devices: each run draws on the one with the fewest runs, from its first clip to its last."""
+
+    def __init__(self, models: Sequence[_Model]) -> None:
+        self._models = tuple(models)
+        self._runs = [0] * len(self._models)
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[_Model]:
+        return iter(self._models)
+
+    @property
+    def first(self) -> _Model:
+        return self._models[0]
+
+    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
+        """As :meth:`_Model.stage`, on a device that is chosen when the clips begin to come."""
+
+        def draw(clips: Iterator[Clip]) -> Iterator[Clip]:
+            with self._lock:
+                which = self._runs.index(min(self._runs))
+                self._runs[which] += 1
+            try:
+                yield from self._models[which].stage(seen, amplitude)(clips)
+            finally:
+                with self._lock:
+                    self._runs[which] -= 1
+
+        return _Named("lipsync", draw)
 
 
 def _shared(net: Net, name: str) -> MicroBatcher:
