@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from training.clips import STEP_S
 
 _RMS = 0.05
 _EDGE_MS = 200.0  # silence around each sentence
+_SHARES = {"hibari": 0.25, "kokoro": 0.65, "espeak": 0.1}  # of the sentences, among the engines that work
 
 
 class Viseme(IntEnum):
@@ -87,10 +92,21 @@ class Spoken:
     centred: F32
 
 
+@cache
+def _lexicon() -> tuple[str, ...]:
+    """The plain words of the default voice's lexicon, some 40 000."""
+    raw = files("hibari").joinpath("assets/lexicon_us_gold.json.gz").read_bytes()
+    return tuple(sorted(w for w in json.loads(gzip.decompress(raw)) if w.isascii() and w.islower() and 2 < len(w) < 10))
+
+
 def sentences(rng: np.random.Generator) -> Iterator[str]:
-    """English sentences without end, of words with many labials and all vowels."""
+    """English sentences without end: of words with many labials and all vowels, and in turn of any words, in which every
+    phone meets every other.
+    """
     adjectives, nouns, verbs, leads = _ADJECTIVES.split(), _NOUNS.split(), _VERBS.split(), _LEADS.strip().splitlines()
     while True:
+        first, second = (" ".join(rng.choice(_lexicon(), rng.integers(2, 5))) for _ in range(2))
+        yield f"{first}{rng.choice([' the', ' of', ' and', ',', '.'])} {second}{rng.choice(['.', '!', '?'])}".capitalize()
         lead, pause = rng.choice(leads), rng.choice(["", "", ",", ";"])
         a, b = (f"the {rng.choice(adjectives)} {rng.choice(nouns)}" for _ in range(2))
         yield f"{lead} {a}{pause} {rng.choice(verbs)} {b}{rng.choice(['.', '!', '?', ''])}"
@@ -110,14 +126,21 @@ def labels(phones: tuple[Phone, ...], steps: int, shift_s: float) -> tuple[npt.N
     return classes, centred
 
 
-def speak_many(count: int, seed: int) -> list[Spoken]:
-    """`count` sentences in all voices that work here, at many pitches and paces."""
+def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
+    """`count` sentences in all English voices that work here, at many pitches and paces; `voices_dir` has Kokoro's."""
     rng = np.random.default_rng(seed)
-    speaker = Speaker()
-    extra = [v.name for v in speaker.voices() if not v.unavailable and v.engine == "espeak" and v.language[:2] == "en"]
+    speaker = Speaker(voices_dir=voices_dir)
+    voices: dict[str, list[str]] = {}
+    for v in speaker.voices():
+        if not v.unavailable and v.language[:2] == "en":
+            voices.setdefault(v.engine, []).append(v.name)
+    engines = list(voices)
+    share = np.array([_SHARES[engine] for engine in engines])
+    share /= share.sum()
     out: list[Spoken] = []
     for text in sentences(rng):
-        voice = str(rng.choice(extra)) if extra and rng.random() < 0.3 else None
+        engine = str(rng.choice(engines, p=share))
+        voice = str(rng.choice(voices[engine]))
         pitch, speed = np.exp(rng.uniform(-0.45, 0.35)), np.exp(rng.uniform(-0.2, 0.25))
         try:
             chunks = list(
@@ -164,10 +187,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("work/data"))
     parser.add_argument("--count", type=int, default=400, help="sentences (about 3.5 s each)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--voices-dir", type=Path, help="folder with the voice files of Kokoro")
     parser.add_argument("--smoke", action="store_true", help="four sentences")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)
-    save(speak_many(4 if args.smoke else args.count, args.seed), args.data / "voices.npz")
+    save(speak_many(4 if args.smoke else args.count, args.seed, args.voices_dir), args.data / "voices.npz")
 
 
 if __name__ == "__main__":
