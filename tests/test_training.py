@@ -55,7 +55,8 @@ def data(tmp_path: Path) -> Path:
     lines = ["file\tsplit\tperson\tseconds\tface_px\tsync_r\tsync_lag_s"]
     for i, split in enumerate(("train", "train", "validate")):
         times, points, pcm = talker(i)
-        np.savez(tmp_path / f"c{i}.npz", times_s=times, points=points, presence=np.ones(len(times)), pcm=pcm)
+        packed = clips.write_points(points)
+        np.savez(tmp_path / f"c{i}.npz", times_s=times, points=packed, presence=np.ones(len(times)), pcm=pcm)
         lines.append(f"c{i}.mp4\t{split}\tp{i}\t{SECONDS}\t200\t0.6\t0.0")
     (tmp_path / "index.tsv").write_text("\n".join(lines) + "\n", "utf-8")
     return tmp_path
@@ -64,6 +65,14 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def basis(data: Path) -> MotionBasis:
     return clips.learn_basis(clips.load_all(data), motion.BASIS_SIZE)
+
+
+def test_points_are_packed_without_loss() -> None:
+    _, points, _ = talker(0)
+    points[3] = np.float16(-1e-5)
+    packed = clips.write_points(points)
+    assert packed.nbytes == points.nbytes
+    assert np.array_equal(clips.read_points(packed), points.astype(np.float32))
 
 
 def test_a_step_hears_no_further_than_declared() -> None:

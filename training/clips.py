@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from beavervision.media import F32
+from beavervision.media import F32, U8
 from beavervision.models import mesh
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.beaver import Equaliser
@@ -101,7 +101,7 @@ def load_motion(row: Row, data: Path) -> Motion | None:
         tracked = raw["presence"] > 0.5
         if tracked.mean() < 0.8 or tracked.sum() < 15:
             return None
-        points, times, pcm = raw["points"].astype(np.float32), raw["times_s"], raw["pcm"].astype(np.float32) / 32768
+        points, times, pcm = read_points(raw["points"]), raw["times_s"], raw["pcm"].astype(np.float32) / 32768
     faces = np.zeros((len(points), len(LOWER), 3), np.float32)
     yaw = np.zeros(len(points), np.float32)
     for i in np.flatnonzero(tracked):
@@ -128,6 +128,20 @@ def load_all(data: Path, basis: MotionBasis | None = None) -> list[Motion]:
         for motion in motions:
             motion.coefficients = basis.coefficients(motion.moved)
     return motions
+
+
+def write_points(points: npt.NDArray[np.float16]) -> U8:
+    """Points (t, n, 3) as a packed clip has them, (2, n, 3, t): their lower and their upper bytes apart, time last, which a third
+    less is left of once it is compressed.
+    """
+    along = np.ascontiguousarray(points.transpose(1, 2, 0)).astype("<f2")
+    return np.ascontiguousarray(np.moveaxis(along.view(np.uint8).reshape(*along.shape, 2), -1, 0))
+
+
+def read_points(packed: U8) -> F32:
+    """The points (t, n, 3) of a packed clip."""
+    along = np.ascontiguousarray(np.moveaxis(packed, 0, -1)).view("<f2")[..., 0]
+    return np.ascontiguousarray(along.transpose(2, 0, 1), np.float32)
 
 
 def unpack_points(points: F32) -> F32:

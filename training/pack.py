@@ -2,9 +2,9 @@
 
     python -m training.pack --talkers ../shared/talkers --data work/data
 
-For each line of ``index.tsv`` it writes ``<clip>.npz``: times_s (t,) of the pictures, points (t, n, 3) of the face in crop
-coordinates (origin in the crop's centre, unit the distance of the eyes, half precision; see :data:`training.clips.KEPT`),
-presence (t,), pcm (samples,) int16 at 16 kHz; and ``<clip>.mp4``, the mouth crops.
+For each line of ``index.tsv`` it writes ``<clip>.npz``: times_s (t,) of the pictures, points of the face in crop coordinates
+(origin in the crop's centre, unit the distance of the eyes, half precision; see :data:`training.clips.KEPT` and
+:func:`training.clips.read_points`), presence (t,), pcm (samples,) int16 at 16 kHz; and ``<clip>.mp4``, the mouth crops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.stages.decode import Decode, probe, read_audio
 from beavervision.stages.hear import RATE_HZ, Resampler
-from training.clips import CROP_CENTRE, CROP_PX, CROP_UNIT_PX, KEPT, Row, read_index
+from training.clips import CROP_CENTRE, CROP_PX, CROP_UNIT_PX, KEPT, Row, read_index, write_points
 
 _MIN_PRESENCE = 0.5
 _QUALITY = "14"  # of the crops' H.264, a constant rate factor
@@ -104,7 +104,7 @@ def pack(path: Path, out: Path, name: str, nets: FaceNets, limit: int | None = N
     np.savez_compressed(
         out / f"{name}.npz",
         times_s=np.arange(len(points)) / float(info.rate),
-        points=np.array(points),
+        points=write_points(np.array(points)),
         presence=np.array(presences, np.float16),
         pcm=pcm if limit is None else pcm[: int(limit / info.rate * RATE_HZ)],
     )

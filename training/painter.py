@@ -24,7 +24,7 @@ from beavervision.media import F32, U8
 from beavervision.models.beaver import PAINT_SIZE
 from beavervision.models.mesh import INNER_LIP, IndexArray, fit_pose
 from beavervision.models.nets.beaver import PainterNet
-from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, unpack_points
+from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, read_points, unpack_points
 from training.pack import read_crops
 
 WIDTH, HEIGHT = PAINT_SIZE
@@ -61,7 +61,7 @@ def load_mouths(row: Row, data: Path) -> Mouths | None:
     if row.face_px < _MIN_FACE_PX:
         return None
     with np.load(data / f"{row.name}.npz") as raw:
-        presence, points = raw["presence"], raw["points"].astype(np.float32)
+        presence, points = raw["presence"], read_points(raw["points"])
     crops, lips, number = [], [], []
     for i, crop in enumerate(read_crops(data / f"{row.name}.mp4")):
         if presence[i] < 0.6:
