@@ -66,3 +66,12 @@ def test_without_sound_it_is_silent() -> None:
     quiet = [Clip(c.frames, track=c.track, opening=c.opening) for c in clips([0.1, 0.2], [1, 1], 1)]
     list(watch(iter(quiet)))
     assert watch.facts()["series"]["loudness_db"] == [-100.0, -100.0]
+
+
+def test_without_a_sheet_no_picture_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_sheet = Watch(RATE)
+    list(with_sheet(iter(clips([0.1, 0.2, 0.3], [1.0, 0.1, 0.01], 2))))
+    monkeypatch.delattr(Picture, "planes")
+    without = Watch(RATE, sheet=False)
+    list(without(iter(clips([0.1, 0.2, 0.3], [1.0, 0.1, 0.01], 2))))
+    assert without.facts() == with_sheet.facts()

@@ -243,7 +243,7 @@ class Pipeline:
         picture_bytes = info.width_px * info.height_px * 3 // 2
         block = max(1, min(_BLOCK, _BLOCK_BYTES // picture_bytes))
         decode = Decode(block, extend=extend, on_note=notes.append)
-        watch = Watch(info.rate)
+        watch = Watch(info.rate, sheet=sheet is not None)
 
         def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
             return self._hear()(

@@ -48,11 +48,12 @@ class _Curve:
 
 @dataclass(slots=True)
 class Watch:
-    """Notes what passes; :meth:`facts` and :meth:`write_sheet` tell of it afterwards. For one run."""
+    """Notes what passes; :meth:`facts` and, with `sheet`, :meth:`write_sheet` tell of it afterwards. For one run."""
 
     name: ClassVar[str] = "watch"
 
     rate: Fraction
+    sheet: bool = True
     _segments: list[tuple[FaceState, int, int]] = field(
         default_factory=list
     )  # state, first picture, one after the last
@@ -76,7 +77,7 @@ class Watch:
                     self._segments[-1] = (state, self._segments[-1][1], number + 1)
                 else:
                     self._segments.append((state, number, number + 1))
-                if number % self._stride == 0:
+                if self.sheet and number % self._stride == 0:
                     if face is not None:
                         side = float(np.ptp(face.points_px[:, 1]))
                         region = Region.around(face.points_px, 0.15 * side, picture.width_px, picture.height_px)
