@@ -170,4 +170,5 @@ def _audio(kind: Kind) -> AudioCodecContext:
         context.options = {"application": "lowdelay", "frame_duration": "20"}
     else:
         context.format, context.bit_rate = "fltp", _AAC_BIT_RATE
+        context.options = {"aac_coder": "fast"}
     return context
