@@ -432,19 +432,20 @@ def _is_like(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Pictur
     """Whether the face in `picture`, at about `points_px`, looks like the mean of the same face in its neighbours."""
     size = np.array([picture.width_px, picture.height_px])
     low = np.clip(points_px[:, :2].min(axis=0), 0, size - 2).astype(int)
-    high = np.clip(points_px[:, :2].max(axis=0), low + 2, size).astype(int)
-    skip = max(1, int(high[1] - low[1]) // (4 * _PARTS))  # a quarter of each part's rows tells enough
+    wide, high = np.clip(np.ceil(points_px[:, :2].max(axis=0)), low + 2, size).astype(int) - low
+    skip = max(1, int(high) // (4 * _PARTS))  # a quarter of each part's rows tells enough
+    part = max(1, int(wide) // _PARTS), max(1, int(high) // skip // _PARTS)  # whole pixels are averaged fast
+    parts = int(wide) // part[0], int(high) // skip // part[1]
+    wide, high = parts[0] * part[0], parts[1] * part[1] * skip
 
-    def parts(of: Picture, shift: F32) -> F32:
-        (x, y), (width, height) = np.clip(low + shift, 0, size - (high - low)).astype(int), high - low
-        box = of.y[y : y + height : skip, x : x + width]
-        return np.asarray(cv2.resize(box, (_PARTS, _PARTS), interpolation=cv2.INTER_AREA), np.float32)
+    def seen(of: Picture, shift: F32) -> F32:
+        x, y = np.clip(low + shift, 0, size - (wide, high)).astype(int)
+        box = of.y[y : y + high : skip, x : x + wide]
+        return np.asarray(cv2.resize(box, parts, interpolation=cv2.INTER_AREA), np.float32)
 
     centre = points_px[:, :2].mean(axis=0)
-    usual = np.mean(
-        [parts(of, np.rint(face.points_px[:, :2].mean(axis=0) - centre)) for of, face in neighbours], axis=0
-    )
-    unlike = np.abs(parts(picture, np.zeros(2, np.float32)) - usual)
+    usual = np.mean([seen(of, np.rint(face.points_px[:, :2].mean(axis=0) - centre)) for of, face in neighbours], axis=0)
+    unlike = np.abs(seen(picture, np.zeros(2, np.float32)) - usual)
     return bool(np.quantile(unlike, 0.98) < _UNLIKE)
 
 

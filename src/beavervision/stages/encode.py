@@ -224,7 +224,9 @@ def _audio_stream(container: OutputContainer, kind: _Format, sound: Audio) -> Au
         raise UsageError(f"sound of {sound.channels} channels cannot be written. Mix it to stereo first.")
     rate_hz = sound.rate_hz if sound.rate_hz in kind.audio_rates_hz else 48000
     # FFmpeg's usual coder takes two to three times as long, and is no nearer to the sound at such bit rates.
-    stream = container.add_stream(kind.audio, rate=rate_hz, options={"aac_coder": "fast"} if kind.audio == "aac" else {})
+    stream = container.add_stream(
+        kind.audio, rate=rate_hz, options={"aac_coder": "fast"} if kind.audio == "aac" else {}
+    )
     assert isinstance(stream, AudioStream)
     stream.codec_context.layout = _LAYOUTS[sound.channels]
     stream.codec_context.bit_rate = _BITS_PER_CHANNEL * sound.channels
