@@ -294,7 +294,7 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One speaking clip made by the product itself, whose sound is late by 80 ms, and one without any face."""
     folder = tmp_path_factory.mktemp("talkers")
     with portrait() as still:
-        Pipeline("beaver", device="cpu").lipsync(still, folder / "made.mp4", text="Oh wow, my father!")
+        Pipeline("beaver", device="cpu").lipsync(still, folder / "made.mp4", text="Mama, wow! Papa, wow!")
     late = np.zeros((1, 48000 * 80 // 1000), np.float32)
     with av.open(str(folder / "made.mp4")) as container:
         said = np.concatenate([f.to_ndarray()[:1] for f in container.decode(audio=0)], axis=1)

@@ -41,7 +41,7 @@ from beavervision.models.warp import Opening, triangle_flow, warped
 MEL_PER_STEP = 2
 STEP = Fraction(1, 50)  # seconds of one motion step
 _AMPLITUDES = (0.75, 1.35)
-_UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (85 % of the truth's spread on them)
+_UNMET_GAIN = 1.22  # motion heard from strangers comes out that much too small (81 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
 _RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
