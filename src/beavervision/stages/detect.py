@@ -309,9 +309,7 @@ class _Tracker:
         self._shot = 0
         self._missed = 0
         self._look = Appearance()
-        self._trail: deque[F32 | None] = deque(
-            maxlen=3
-        )  # the last points; None where not all was well, or the shot another
+        self._trail: deque[F32 | None] = deque(maxlen=3)  # the last points of the shot; None where not all was well
         self._held: Picture | None = None  # a picture that waits to be spared
         self._may_hold = False
 
@@ -367,17 +365,15 @@ class _Tracker:
         even = self._is_even(face.points_px, crop) and _is_like(held, middle.points_px, near)
         if not even:
             # The face of `picture` is known already: only the held one is looked for, from a better guess than it had.
-            found = self._nets.face(held, Crop.of_points(middle.points_px), shapes=self._shapes)
-            if found is None:
+            guess = Crop.of_points(middle.points_px)
+            found = self._nets.face(held, guess, shapes=self._shapes)
+            if found is None or not _near(found, guess):
                 return None
             middle = found
         self._crop = Crop.of_points(face.points_px)
-        if even and self._judge(picture, face) is FaceState.OK:
-            return [self._followed(held, middle, FaceState.OK), self._followed(picture, face, FaceState.OK)]
-        return [
-            self._followed(held, middle, self._judge(held, middle)),
-            self._followed(picture, face, self._judge(picture, face)),
-        ]
+        state = self._judge(picture, face) if even else None
+        before = self._followed(held, middle, state if state is FaceState.OK else self._judge(held, middle))
+        return [before, self._followed(picture, face, state or self._judge(picture, face))]
 
     def _is_even(self, points_px: F32, crop: Crop) -> bool:
         """Whether the points go on from where they were one and three pictures before the one that waits."""
