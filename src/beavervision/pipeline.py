@@ -140,7 +140,7 @@ class Pipeline:
         self._restorers_lock = threading.Lock()
         make = _MODELS.get(name, _Imported)
         where = self.plan["lipsync"]
-        self._models = Replicas(
+        self._models = _Replicas(
             [
                 make(name, device, where.threads, self.settings.data_dir, allow_non_commercial)
                 for device in where.devices
@@ -651,7 +651,7 @@ class _Imported(_Model):
         return Wav2LipSync(self.net)
 
 
-class Replicas:
+class _Replicas:
     """One model on several devices: each run draws on the one with the fewest runs, from its first clip to its last."""
 
     def __init__(self, models: Sequence[_Model]) -> None:
