@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import threading
 import time
 import traceback
@@ -551,16 +552,18 @@ def test_guard_ends_the_run_with_its_error() -> None:
 
 
 class Works:
-    """Spends CPU time, and idles."""
+    """Spends CPU time on each clip, and notes how much: a host that takes the processor away lets it overshoot."""
 
     def __init__(self, name: str, cpu_s: float) -> None:
         self.name, self.cpu_s = name, cpu_s
+        self.spent_ms: list[float] = []
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
         for item in clips:
-            end_s = time.thread_time() + self.cpu_s
-            while time.thread_time() < end_s:
-                pass
+            begin_s = now_s = time.thread_time()
+            while now_s < begin_s + self.cpu_s:
+                now_s = time.thread_time()
+            self.spent_ms.append((now_s - begin_s) * 1e3)
             yield item
 
 
@@ -568,16 +571,17 @@ class Works:
 def test_times_are_of_the_stage_itself(run: Runner) -> None:
     times = StageTimes()
     count, light_s, heavy_s = 12, 0.002, 0.008
-    flow = Flow(lambda: clips(count), times=times).then(Works("light", light_s)).then(Works("heavy", heavy_s))
-    assert len(list(run(flow))) == count
+    light, heavy = Works("light", light_s), Works("heavy", heavy_s)
+    assert len(list(run(Flow(lambda: clips(count), times=times).then(light).then(heavy)))) == count
     report = times.report()
     stages = report["stages"]
     assert list(stages) == ["source", "light", "heavy"]
-    for name, cpu_s in (("light", light_s), ("heavy", heavy_s)):
-        assert stages[name]["cpu_ms"] == pytest.approx(count * cpu_s * 1e3, rel=0.25)
-        assert stages[name]["cpu_ms_per_picture"] == pytest.approx(cpu_s * 1e3 / 2, rel=0.25)
-        assert stages[name]["wall_ms"] >= 0.95 * stages[name]["cpu_ms"]
-        assert stages[name]["pictures"] == 2 * count
+    for stage in (light, heavy):
+        told = stages[stage.name]
+        assert told["cpu_ms"] == pytest.approx(sum(stage.spent_ms), rel=0.25)
+        assert told["cpu_ms_per_picture"] == pytest.approx(statistics.median(stage.spent_ms) / 2, rel=0.25)
+        assert told["wall_ms"] >= 0.95 * told["cpu_ms"]
+        assert told["pictures"] == 2 * count
     assert stages["source"]["cpu_ms"] < stages["light"]["cpu_ms"]
     assert report["pictures"] == 2 * count
     assert report["first_picture_ms"] is not None
