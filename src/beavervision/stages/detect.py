@@ -8,6 +8,7 @@ evenly, which most do that wait, listen or are a portrait, every other picture i
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -238,19 +239,18 @@ class Detect:
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
-        for clip in clips:
-            waiting.append(clip)
-            for picture in clip.frames.pictures:
-                seen.extend(tracker.look(picture))
-            while waiting and len(seen) - passed >= len(waiting[0]) + self._look_ahead:
+        for clip in itertools.chain(clips, (None,)):  # None: no more will come, so nothing waits for what is ahead
+            if clip is not None:
+                waiting.append(clip)
+                for picture in clip.frames.pictures:
+                    seen.extend(tracker.look(picture))
+            else:
+                seen.extend(tracker.end())
+            ahead = self._look_ahead if clip is not None else 0
+            while waiting and len(seen) - passed >= len(waiting[0]) + ahead:
                 first = waiting.popleft()
                 yield self._tracked(first, seen, passed)
                 passed = self._forget(seen, passed + len(first))
-        seen.extend(tracker.end())
-        while waiting:
-            first = waiting.popleft()
-            yield self._tracked(first, seen, passed)
-            passed = self._forget(seen, passed + len(first))
 
     def _forget(self, seen: deque[_Seen], passed: int) -> int:
         while passed > self._look_ahead:

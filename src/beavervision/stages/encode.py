@@ -52,6 +52,8 @@ FORMATS = {
 _SPARED = {"veryfast": "me=dia:partitions=i4x4,i8x8"}
 _MATRIX_CODES = {Matrix.BT709: 1, Matrix.BT601: 6, Matrix.BT2020: 9}
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1"}
+# FFmpeg's usual coder takes two to three times as long, and is no nearer to the sound at such bit rates.
+AAC_OPTIONS = {"aac_coder": "fast"}
 _BITS_PER_CHANNEL = 96_000
 
 
@@ -223,10 +225,7 @@ def _audio_stream(container: OutputContainer, kind: _Format, sound: Audio) -> Au
     if sound.channels not in _LAYOUTS:
         raise UsageError(f"sound of {sound.channels} channels cannot be written. Mix it to stereo first.")
     rate_hz = sound.rate_hz if sound.rate_hz in kind.audio_rates_hz else 48000
-    # FFmpeg's usual coder takes two to three times as long, and is no nearer to the sound at such bit rates.
-    stream = container.add_stream(
-        kind.audio, rate=rate_hz, options={"aac_coder": "fast"} if kind.audio == "aac" else {}
-    )
+    stream = container.add_stream(kind.audio, rate=rate_hz, options=AAC_OPTIONS if kind.audio == "aac" else {})
     assert isinstance(stream, AudioStream)
     stream.codec_context.layout = _LAYOUTS[sound.channels]
     stream.codec_context.bit_rate = _BITS_PER_CHANNEL * sound.channels

@@ -20,7 +20,7 @@ from av.video.frame import PictureType
 
 from beavervision.errors import DeviceError
 from beavervision.media import F32, Picture
-from beavervision.stages.encode import video_frame
+from beavervision.stages.encode import AAC_OPTIONS, video_frame
 
 VIDEO_HZ = 90_000
 AUDIO_HZ = 48_000
@@ -170,5 +170,5 @@ def _audio(kind: Kind) -> AudioCodecContext:
         context.options = {"application": "lowdelay", "frame_duration": "20"}
     else:
         context.format, context.bit_rate = "fltp", _AAC_BIT_RATE
-        context.options = {"aac_coder": "fast"}
+        context.options = AAC_OPTIONS
     return context
