@@ -26,5 +26,6 @@ def test_the_bench_times_what_a_browser_hears_and_sees() -> None:
     assert report.say_to_browser_ms is not None and report.say_to_browser_ms.count == 1
     assert report.say_to_browser_ms.p50 > 50, "no sooner than the work takes"
     assert report.soak is not None
-    assert abs(report.soak.skew_end_ms - report.soak.skew_start_ms) < 60
+    for skew_ms in (report.soak.skew_start_ms, report.soak.skew_end_ms):
+        assert abs(skew_ms) <= 240, "the beep nearest to a flash is its own: flashes are 480 ms apart"
     assert any("Chromium" in line for line in report.lines())

@@ -176,6 +176,24 @@ def test_flash_and_beep_meet_in_the_browser(
     holds(page, "fetch('/api/v1/sessions').then((r) => r.json()).then((all) => all.sessions.length == 0)")
 
 
+BUFFERS = """(() => {
+  const add = MediaSource.prototype.addSourceBuffer;
+  window.buffers = [];
+  MediaSource.prototype.addSourceBuffer = function (mime) {
+    window.buffers.push(add.call(this, mime));
+    return window.buffers.at(-1);
+  };
+})()"""
+
+
+def test_a_buffer_that_finishes_after_the_end_is_left_alone(flashing: LiveServer, live: Callable[..., Page]) -> None:
+    page = live(flashing, "websocket", before=BUFFERS)
+    assert page.evaluate("window.buffers.length") == 2
+    page.click("#stop")
+    holds(page, "document.querySelector('#state').textContent == 'The session has ended.'")
+    page.evaluate("window.buffers.forEach((buffer) => buffer.dispatchEvent(new Event('updateend')))")
+
+
 # A connection whose pictures are `early` ms ahead of their sound, if neither waits longer than is asked of it at first.
 APART = """async (sync) => {
   window.fake = new EventTarget();

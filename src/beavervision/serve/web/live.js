@@ -85,6 +85,8 @@ async function watchByWebSocket(media) {
     clearInterval(keepUp);
     socket.onclose = null;
     socket.close();
+    for (const track of tracks.values()) track.end();
+    tracks.clear();
     URL.revokeObjectURL(screen.src);
     screen.removeAttribute("src");
     screen.load();
@@ -119,7 +121,13 @@ class Track {
   constructor(buffer) {
     this.buffer = buffer;
     this.queue = [];
-    buffer.addEventListener("updateend", () => this.next());
+    buffer.addEventListener("updateend", this.next);
+  }
+
+  /** To be called before the buffer is taken off its source: after that it cannot even be asked what it holds. */
+  end() {
+    this.buffer.removeEventListener("updateend", this.next);
+    this.queue = [];
   }
 
   append(piece) {
@@ -127,7 +135,7 @@ class Track {
     this.next();
   }
 
-  next() {
+  next = () => {
     if (this.buffer.updating) return;
     const { buffered } = this.buffer;
     if (buffered.length && screen.currentTime - buffered.start(0) > 2 * KEPT_S) {
@@ -145,7 +153,7 @@ class Track {
         lost("This browser cannot play the stream any further.");
       }
     }
-  }
+  };
 }
 
 /** The time of the newest picture whose sound is there too. */
