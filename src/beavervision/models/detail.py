@@ -205,8 +205,7 @@ def _detail(picture: Picture, patch: Patch | None, points_px: F32) -> _Detail:
 
 def _energy(detail: F32, mask: U8) -> float:
     """The mean square where the mask is set."""
-    mean, deviation = cv2.meanStdDev(detail, mask=mask)
-    return float(mean[0, 0] ** 2 + deviation[0, 0] ** 2)
+    return float(cv2.norm(detail, cv2.NORM_L2SQR, mask)) / cv2.countNonZero(mask)
 
 
 def _grown(points: F32, by_px: float) -> F32:

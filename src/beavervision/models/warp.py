@@ -14,6 +14,7 @@ from beavervision.media import F32, U8, Picture, Region
 
 _GRID = 80  # cells along the longer side of a region, in which the triangles are found
 _TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
+_GRID_EVERY = 256  # sides of what is kept, for regions that change by some pixels from picture to picture
 _REACH = 2  # cells around the mouth's opening in which its sides are told apart
 
 
@@ -90,23 +91,27 @@ def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, 
         np.maximum(right, x, out=right, where=crosses)
     begin = np.maximum(np.ceil(left - 0.5), 0)
     cells = np.maximum(np.minimum(np.floor(right + 0.5), width - 1) - begin + 1, 0).astype(np.intp)
-    # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
-    e1, e2 = offsets_px[seen, 1] - offsets_px[seen, 0], offsets_px[seen, 2] - offsets_px[seen, 0]
-    ab, ac, area = ab[seen], ac[seen], area[seen, None]
-    across = np.repeat((e1 * ac[:, 1:] - e2 * ab[:, 1:]) / area, rows, axis=0)
-    along = np.repeat((e2 * ab[:, :1] - e1 * ac[:, :1]) / area, rows, axis=0)
-    base = offsets_px[of, 0] + along * (y - a[of, 1])[:, None] - across * a[of, :1]
     at = np.repeat(np.arange(len(of)), cells)
     x = begin[at] + _counted(cells)
     held = np.clip(x, left[at], right[at])
-    offset = base[at] + across[at] * held[:, None].astype(np.float32)
     place = row[at] * width + x.astype(np.intp)
-    inside = (held == x) & (y == row)[at]
-    found = np.zeros((width * height, 2), np.float32)
+    inside = np.flatnonzero((held == x) & (y == row)[at])
+    which = np.full(width * height, -1, np.intp)  # of what was found, the last with its middle inside counts, else the last
+    which[place] = np.arange(len(place))
+    which[place[inside]] = inside
+    held_by = np.flatnonzero(which >= 0)
+    which = which[held_by]
+    at, held = at[which], held[which].astype(np.float32)
     owner = np.full(width * height, -1, np.intp)
-    found[place], owner[place] = offset, of[at]
-    place, offset, at = place[inside], offset[inside], at[inside]
-    found[place], owner[place] = offset, of[at]
+    owner[held_by] = mine = of[at]
+    # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
+    e1, e2 = offsets_px[:, 1] - offsets_px[:, 0], offsets_px[:, 2] - offsets_px[:, 0]
+    area = np.where(area == 0, np.float32(1), area)[:, None]
+    across = (e1 * ac[:, 1:] - e2 * ab[:, 1:]) / area
+    along = (e2 * ab[:, :1] - e1 * ac[:, :1]) / area
+    base = offsets_px[:, 0] - across * a[:, :1] - along * a[:, 1:]
+    found = np.zeros((width * height, 2), np.float32)
+    found[held_by] = base[mine] + across[mine] * held[:, None] + along[mine] * y[at][:, None]
     return found.reshape(height, width, 2), owner.reshape(height, width)
 
 
@@ -162,17 +167,23 @@ def warped(picture: Picture, region: Region, flow: F32) -> tuple[U8, U8, U8]:
     edge = cv2.BORDER_REPLICATE
     # OpenCV interpolates floats faster than bytes.
     luma = cv2.remap(y.astype(np.float32), where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
-    # The middle of 2 x 2 pixels; chroma sample i covers pixels 2i and 2i + 1, so it lies at 2i + 0.5.
-    half = cv2.resize(where, (size[0] // 2, size[1] // 2), interpolation=cv2.INTER_AREA)
-    half = cv2.addWeighted(half, 0.5, half, 0.0, -0.25)
+    # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
+    half_size = (size[0] // 2, size[1] // 2)
+    beside = cv2.resize(flow, half_size, interpolation=cv2.INTER_NEAREST)
+    half = cv2.addWeighted(beside, 0.5, _grid(*half_size), 1.0, 0.0)
     chroma = cv2.remap(cv2.merge([u, v]), half, None, cv2.INTER_LINEAR, borderMode=edge)  # type: ignore[call-overload]
     moved_u, moved_v = cv2.split(chroma)
-    y = np.clip(luma + np.float32(0.5), 0, 255).astype(np.uint8)
-    return y, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
+    rounded = cv2.add(luma, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]
+    return np.asarray(rounded, np.uint8), np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
 
 
-@lru_cache(maxsize=8)
 def _grid(width: int, height: int) -> F32:
     """(height, width, 2): the index of each pixel."""
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    side = -(-max(width, height) // _GRID_EVERY) * _GRID_EVERY
+    return _square_grid(side)[:height, :width]
+
+
+@lru_cache(maxsize=4)
+def _square_grid(side: int) -> F32:
+    x, y = np.meshgrid(np.arange(side, dtype=np.float32), np.arange(side, dtype=np.float32))
     return np.dstack([x, y])

@@ -727,7 +727,7 @@ def _matrix(code: int, height_px: int) -> Matrix:
 
 
 def _picture(frame: av.VideoFrame, size: tuple[int, int], turn: Turn) -> Picture:
-    """The frame's planes, copied, upright and of even size; other formats than 8-bit 4:2:0 are converted."""
+    """The frame's planes, upright, of even size and not to be written to; other formats than 8-bit 4:2:0 are converted."""
     name = frame.format.name
     full_range = name.startswith("yuvj") or frame.color_range == _FULL_RANGE
     matrix = _matrix(frame.colorspace, frame.height)
@@ -776,7 +776,9 @@ def _display_matrix(frame: av.VideoFrame) -> Turn:
 
 
 def _upright(plane: U8, turn: Turn) -> U8:
-    """An own copy of the plane, turned by quarters and mirrored."""
+    """The plane turned by quarters and mirrored; if it is neither, it still is the frame's memory, which it keeps alive and which the
+    decoder may refer to.
+    """
     a, b, c, d = turn
     if b:
         plane = plane.T
@@ -784,7 +786,10 @@ def _upright(plane: U8, turn: Turn) -> U8:
         plane = plane[:, ::-1]
     if b + d < 0:
         plane = plane[::-1]
-    return np.array(plane, order="C")
+    if turn != (1, 0, 0, 1):
+        plane = np.array(plane, order="C")
+    plane.flags.writeable = False
+    return plane
 
 
 # Stills

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
-from beavervision.media import F32, Clip, Patch, Picture
+from beavervision.media import F32, U8, Clip, Patch, Picture
 from beavervision.models.detail import MouthDetail
 
 _EVERY = 3  # one in so many pictures is measured
@@ -83,11 +85,16 @@ def _match_of(picture: Picture, patch: Patch) -> _Match | None:
     shift = np.zeros(3, np.float32)
     for i, (there, here) in enumerate(zip(source, (patch.y, patch.u, patch.v), strict=True)):
         at = ring if i == 0 else ring_c
-        shift[i] = cv2.mean(there, at)[0] - cv2.mean(here, at)[0]
+        shift[i] = _mean(there, at) - _mean(here, at)
     wide = cv2.dilate(ring, np.ones((5, 5), np.uint8))
-    has, wants = (cv2.mean(np.abs(cv2.Laplacian(p, cv2.CV_16S)), wide)[0] for p in (patch.y, source[0]))
+    has, wants = (_mean(np.abs(cv2.Laplacian(p, cv2.CV_16S)), wide) for p in (patch.y, source[0]))
     sharpen = float(np.clip(wants / max(has, 0.25) - 1, 0, _MAX_SHARPEN)) if wants > has * 1.1 else 0.0
     return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT), sharpen)
+
+
+def _mean(values: npt.NDArray[Any], mask: U8) -> float:
+    """Where the mask is set. OpenCV's own masked mean takes twenty times as long."""
+    return cv2.sumElems(cv2.copyTo(values, mask))[0] / cv2.countNonZero(mask)
 
 
 def _matched(patch: Patch, match: _Match) -> Patch:
