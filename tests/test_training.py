@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,21 @@ from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, Motio
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from training import clips, export, lessons, motion, painter, sync, voices
+from training.machine import CPU, Machine, machine_of
 
 pytestmark = pytest.mark.torch
 
 FPS = 25
 SECONDS = 3
+MACHINES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(Machine(torch.device("cpu"), half=True), id="cpu-half"),
+    pytest.param(
+        Machine(torch.device("cuda"), half=True),
+        id="cuda-half",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +124,13 @@ def test_a_late_sound_is_found(data: Path, basis: MotionBasis) -> None:
     assert abs(clip.lag_s) < 0.021
 
 
-def test_the_sync_scorer_learns_and_says_where_it_cannot_be_measured(data: Path, basis: MotionBasis) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_sync_scorer_learns_and_says_where_it_cannot_be_measured(
+    data: Path, basis: MotionBasis, machine: Machine
+) -> None:
     motions = clips.load_all(data, basis)
     before = SyncScorer(motion.BASIS_SIZE).state_dict()
-    net = sync.train(motions, 2)
+    net = sync.train(motions, 2, machine=machine)
     assert any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
     rows, lips, weight = sync.Windows(motions, 0).take(3)
     with torch.no_grad():
@@ -125,7 +139,10 @@ def test_the_sync_scorer_learns_and_says_where_it_cannot_be_measured(data: Path,
     assert sync.figures(net, motions) == sync.Figures(0, 0, None, None), "three seconds are too short for a window"
 
 
-def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBasis, tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_recipe_runs_from_packed_clips_to_files(
+    data: Path, basis: MotionBasis, tmp_path: Path, machine: Machine
+) -> None:
     weights, out = tmp_path / "weights", tmp_path / "out"
     motion.write_basis(basis, weights / "beaver_basis.npz")
     motions = clips.load_all(data, motion.read_basis(weights / "beaver_basis.npz"))
@@ -147,7 +164,9 @@ def test_the_recipe_runs_from_packed_clips_to_files(data: Path, basis: MotionBas
         basis,
         motion.Options(iterations=2, batch=2, synthetic=2, channels=8),
         weights / "motion.pt",
+        machine=machine,
     )
+    assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
     assert motions[0].lag_s == 0.02
     found = motion.figures(net, motions[2:], spoken, basis, motion.usual_mouth(motions[:2]))
     assert found.clips == 1
@@ -181,7 +200,8 @@ def test_augmented_rows_stay_log_mel() -> None:
     assert not torch.allclose(changed, rows, atol=0.1)
 
 
-def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_mouth() -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_mouth(machine: Machine) -> None:
     rng = np.random.default_rng(0)
     angle = np.linspace(np.pi, -np.pi, 20, endpoint=False)
     ring = np.stack([48 + 20 * np.cos(angle), 40 - 10 * np.sin(angle)], axis=1)
@@ -199,8 +219,17 @@ def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_m
     seen = np.abs(given[:3] - wanted).max(axis=0)
     assert np.all(seen[given[3] == 0][seen[given[3] == 0] > 0] <= 1)
     assert (seen == 0).mean() > 0.8
-    net = painter.train([mouths], [mouths], painter.Options(iterations=2, batch=2, adversary=1), Path("/dev/null"))
+    options = painter.Options(iterations=2, batch=2, adversary=1)
+    net = painter.train([mouths], [mouths], options, Path("/dev/null"), machine)
     assert not net.training
+    assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read() -> None:
+    assert machine_of(Namespace(device="cpu", half=True)) == Machine(torch.device("cpu"), half=True)
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(SystemExit, match=f"{device}.*cpu, or cuda"):
+            machine_of(Namespace(device=device, half=False))
 
 
 def test_the_card_has_the_hashes_of_the_shipped_files() -> None:

@@ -25,6 +25,7 @@ from beavervision.models.mesh import INNER_LIP, OUTER_LIP
 from beavervision.models.nets.beaver import MEL_PER_STEP, MotionNet, MotionPair
 from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padded_rows
 from training.lessons import COMPONENTS, Lesson, read_lessons, voice_name
+from training.machine import CPU, Machine, add_options, machine_of
 from training.voices import Spoken, Viseme, load
 
 BASIS_SIZE = 16
@@ -60,6 +61,9 @@ class Readout:
             torch.tensor(basis.width),
             torch.tensor(weight / weight.sum() * len(weight), dtype=torch.float32),
         )
+
+    def to(self, device: torch.device) -> Readout:
+        return Readout(self.gap.to(device), self.width.to(device), self.weight.to(device))
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -136,6 +140,9 @@ class Batch:
     weight: Tensor
     taught: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(v.to(device) for v in (self.rows, self.motion, self.weight, self.taught)))
+
 
 def _joined(lesson: Lesson, steps: int) -> F32:
     """Motion and features (steps, k + 64), the last step repeated where the lesson ends early."""
@@ -159,11 +166,18 @@ def _stack(arrays: list[F32]) -> Tensor:
 
 def augment(rows: Tensor, rng: np.random.Generator) -> Tensor:
     """Other throats, rooms, microphones and levels, in the log-mel domain; parts are hidden (Park et al., 2019)."""
-    batch, length, bins = rows.shape
+    (batch, length, bins), device = rows.shape, rows.device
+
+    def uniform(*shape: int) -> Tensor:
+        return _uniform(rng, *shape).to(device)
+
+    def normal(*shape: int) -> Tensor:
+        return _normal(rng, *shape).to(device)
+
     warp = torch.where(
-        _uniform(rng, batch, 1) < 0.75, torch.exp((_uniform(rng, batch, 1) * 2 - 1) * 0.16), torch.ones(())
+        uniform(batch, 1) < 0.75, torch.exp((uniform(batch, 1) * 2 - 1) * 0.16), torch.ones((), device=device)
     )
-    place = (torch.arange(bins) * warp).clamp(0, bins - 1)
+    place = (torch.arange(bins, device=device) * warp).clamp(0, bins - 1)
     low = place.floor().long().clamp(max=bins - 2)
     part = (place - low)[:, None]
     spread = (batch, length, bins)
@@ -171,18 +185,19 @@ def augment(rows: Tensor, rng: np.random.Generator) -> Tensor:
         rows.gather(2, low[:, None].expand(spread)) * (1 - part)
         + rows.gather(2, low[:, None].expand(spread) + 1) * part
     )
-    line, wave = torch.linspace(-1, 1, bins), torch.linspace(0, 2 * np.pi, bins)
-    x = x + _normal(rng, batch, 1, 1) * 0.9 * line
-    x = x + _normal(rng, batch, 1, 1) * 0.5 * torch.cos(wave + _uniform(rng, batch, 1, 1) * 2 * np.pi)
+    line = torch.linspace(-1, 1, bins, device=device)
+    wave = torch.linspace(0, 2 * np.pi, bins, device=device)
+    x = x + normal(batch, 1, 1) * 0.9 * line
+    x = x + normal(batch, 1, 1) * 0.5 * torch.cos(wave + uniform(batch, 1, 1) * 2 * np.pi)
     if rng.random() < 0.5:  # an echo: each row holds on to some of the last
         for shift, loss in ((6, 1.5), (12, 3.0)):
             late = functional.pad(x, (0, 0, shift, 0), value=float(SILENCE))[:, :length]
-            quiet = loss + _uniform(rng, batch, 1, 1) * 6
+            quiet = loss + uniform(batch, 1, 1) * 6
             x = torch.logaddexp(x, late - quiet)
-    noise = -11 + _uniform(rng, batch, 1, 1) * 9.5 + _normal(rng, batch, 1, 1) * 1.2 * -line
-    noise = noise + _normal(rng, batch, 1, bins) * 0.3 + torch.randn(spread) * 0.6
-    noise = torch.where(_uniform(rng, batch, 1, 1) < 0.7, noise, torch.full((), -20.0))
-    x = torch.logaddexp(x, noise) + _uniform(rng, batch, 1, 1) * 6.5 - 3
+    noise = -11 + uniform(batch, 1, 1) * 9.5 + normal(batch, 1, 1) * 1.2 * -line
+    noise = noise + normal(batch, 1, bins) * 0.3 + torch.randn(spread, device=device) * 0.6
+    noise = torch.where(uniform(batch, 1, 1) < 0.7, noise, torch.full((), -20.0, device=device))
+    x = torch.logaddexp(x, noise) + uniform(batch, 1, 1) * 6.5 - 3
     x = x.clamp(min=float(SILENCE))
     for b in range(batch):
         if rng.random() < 0.5:
@@ -247,7 +262,7 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
         return (lack * w).sum() / w.sum().clamp(min=1)
 
     centred = weight > 0.6
-    middle = torch.where(centred, gap, torch.full((), _CLOSED_GAP / 0.07))
+    middle = torch.where(centred, gap, torch.full_like(gap, _CLOSED_GAP / 0.07))
     return (
         mean((middle - _CLOSED_GAP / 0.07).relu(), Viseme.CLOSED)
         + 0.5 * mean((gap - _BITTEN_GAP / 0.07).relu(), Viseme.LIP_TEETH)
@@ -296,6 +311,7 @@ def train(
     options: Options,
     save: Path,
     start: Path | None = None,
+    machine: Machine = CPU,
 ) -> MotionNet:
     """Train on `motions` (their lags become those of the lessons) and `voices`, from the weights `start` if given.
 
@@ -303,8 +319,9 @@ def train(
     """
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    readout = Readout.of(basis)
-    student, average = Student(options), Student(options)
+    device = machine.device
+    readout = Readout.of(basis).to(device)
+    student, average = Student(options).to(device), Student(options).to(device)
     if start is not None:
         known = torch.load(start, map_location="cpu", weights_only=True)
         student.net.load_state_dict(known if options.hidden is None else narrowed(known, options.hidden))
@@ -315,13 +332,17 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, options.rate, total_steps=options.iterations, pct_start=0.1
     )
-    classes_weight = torch.tensor(_VISEME_WEIGHTS)
+    classes_weight = torch.tensor(_VISEME_WEIGHTS, device=device)
     began = time.monotonic()
     for step in range(options.iterations):
-        real = examples.real(options.batch)
+        real = examples.real(options.batch).to(device)
         said, classes = examples.synthetic(options.synthetic)
-        nobody = still(max(options.batch // 12, 1), WINDOW, student.net.extra_rows, rng)
-        out, named, features = student(torch.cat([augment(torch.cat([real.rows, said.rows]), rng), nobody]))
+        said, classes = said.to(device), classes.to(device)
+        nobody = still(max(options.batch // 12, 1), WINDOW, student.net.extra_rows, rng).to(device)
+        rows = torch.cat([augment(torch.cat([real.rows, said.rows]), rng), nobody])
+        with machine.precision():
+            told = student(rows)
+        out, named, features = (t.float() for t in told)
         first, last = options.batch, options.batch + options.synthetic
         spoken = out[first:last]
         taught = torch.cat([real.taught, said.taught])
@@ -330,7 +351,7 @@ def train(
             0.6 * motion_loss(out[:first], real.motion, real.weight, readout)
             + options.taught
             * 0.6
-            * motion_loss(out[:last], taught[..., :BASIS_SIZE], torch.ones(taught.shape[:2]), readout)
+            * motion_loss(out[:last], taught[..., :BASIS_SIZE], torch.ones_like(taught[..., 0]), readout)
             + options.taught * 0.5 * functional.smooth_l1_loss(features[:last], taught[..., BASIS_SIZE:])
             + options.articulation * articulation_loss(spoken, classes, said.weight, readout)
             + 0.2 * (name * said.weight).mean()
@@ -346,7 +367,7 @@ def train(
             save.parent.mkdir(parents=True, exist_ok=True)
             torch.save(average.net.state_dict(), save)
             print(f"{step + 1}: loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True)
-    return average.net
+    return average.net.cpu()
 
 
 def narrowed(state: dict[str, Tensor], hidden: int) -> dict[str, Tensor]:
@@ -544,7 +565,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a small network, a few iterations")
+    add_options(parser)
     args = parser.parse_args()
+    machine = machine_of(args)
     if args.middle and args.start is None:
         parser.error("--middle needs --start, the other weights of the mean.")
     torch.set_num_threads(args.threads)
@@ -572,7 +595,7 @@ def main() -> None:
         )
         lessons = read_lessons(args.data / "taught.npz")
         heard = {voice_name(i): v for i, v in enumerate(voices) if i >= held}
-        net = train(trained, heard, lessons, basis, options, weights_path, args.start)
+        net = train(trained, heard, lessons, basis, options, weights_path, args.start, machine)
         amount = gain(net, trained, Readout.of(basis))
         state = net.state_dict()
         for key in ("head.2.weight", "head.2.bias"):

@@ -25,6 +25,7 @@ from beavervision.models.beaver import PAINT_SIZE
 from beavervision.models.mesh import INNER_LIP, IndexArray, fit_pose
 from beavervision.models.nets.beaver import PainterNet
 from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, read_points, unpack_points
+from training.machine import CPU, Machine, add_options, machine_of
 from training.pack import read_crops
 
 WIDTH, HEIGHT = PAINT_SIZE
@@ -207,11 +208,14 @@ def batch_of(examples: Sequence[tuple[F32, F32]]) -> tuple[Tensor, Tensor]:
     return given, wanted
 
 
-def train(trained: list[Mouths], unmet: list[Mouths], options: Options, save: Path) -> PainterNet:
+def train(
+    trained: list[Mouths], unmet: list[Mouths], options: Options, save: Path, machine: Machine = CPU
+) -> PainterNet:
     """Train on the mouths of `trained`; `save` has the averaged weights."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    net, average, critic = PainterNet(), PainterNet(), discriminator()
+    device = machine.device
+    net, average, critic = PainterNet().to(device), PainterNet().to(device), discriminator().to(device)
     average.load_state_dict(net.state_dict())
     optimiser = torch.optim.AdamW(net.parameters(), options.rate, betas=(0.8, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -223,8 +227,10 @@ def train(trained: list[Mouths], unmet: list[Mouths], options: Options, save: Pa
     began = time.monotonic()
     for step in range(options.iterations):
         chosen = rng.choice(len(trained), options.batch, p=share)
-        given, wanted = batch_of([example(trained[i], rng) for i in chosen])
-        out = net(given)
+        given, wanted = (v.to(device) for v in batch_of([example(trained[i], rng) for i in chosen]))
+        with machine.precision():
+            out = net(given)
+        out = out.float()
         mask = functional.max_pool2d(given[:, 3:4], 5, 1, 2)
         area = mask.sum() * 3
         coarse = functional.avg_pool2d(mask, 4)
@@ -258,13 +264,14 @@ def train(trained: list[Mouths], unmet: list[Mouths], options: Options, save: Pa
                 f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
-    return average.eval()
+    return average.eval().cpu()
 
 
 def figures(net: PainterNet, unmet: list[Mouths]) -> tuple[float, float]:
     """Mean absolute difference in the opening, 0 to 1: painted, and the reference copied as it is (the control)."""
     net.eval()
-    given, wanted = batch_of([probe(m) for m in unmet])
+    device = next(net.parameters()).device
+    given, wanted = (v.to(device) for v in batch_of([probe(m) for m in unmet]))
     mask = given[:, 3:4]
     with torch.no_grad():
         painted = ((net(given) - wanted).abs() * mask).sum() / mask.sum() / 3
@@ -291,7 +298,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=usual.seed)
     parser.add_argument("--smoke", action="store_true", help="a few iterations")
+    add_options(parser)
     args = parser.parse_args()
+    machine = machine_of(args)
     cv2.setNumThreads(1)
     torch.set_num_threads(args.threads)
     options = Options(
@@ -306,7 +315,7 @@ def main() -> None:
     unmet = [m for m in mouths if m.row.split == "validate"][::2][:24]
     if not trained or not unmet:
         raise SystemExit("No clip of either split has a large and open enough mouth. Pack more clips.")
-    train(trained, unmet, options, args.weights / "painter.pt")
+    train(trained, unmet, options, args.weights / "painter.pt", machine)
 
 
 if __name__ == "__main__":

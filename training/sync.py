@@ -22,6 +22,7 @@ from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.sync import REACH, ROWS, STEPS
 from training.clips import Motion, load_all, padded_rows
 from training.lessons import read_lessons
+from training.machine import CPU, Machine, add_options, machine_of
 from training.motion import augment, read_basis
 
 RIGHT_STEPS = 2  # one picture at 25 a second
@@ -79,21 +80,24 @@ class Windows:
         return augment(torch.from_numpy(np.stack(rows)), rng), v, w * hidden
 
 
-def train(motions: list[Motion], iterations: int, seed: int = 0) -> SyncScorer:
+def train(motions: list[Motion], iterations: int, seed: int = 0, machine: Machine = CPU) -> SyncScorer:
     """The mean over the iterations of the network's weights."""
     torch.manual_seed(seed)
     windows = Windows(motions, seed)
     coefficients = motions[0].coefficients.shape[1]
-    net, average = SyncScorer(coefficients), SyncScorer(coefficients)
+    device = machine.device
+    net, average = SyncScorer(coefficients).to(device), SyncScorer(coefficients).to(device)
     average.load_state_dict(net.state_dict())
-    scale = nn.Parameter(torch.tensor(3.0))
+    scale = nn.Parameter(torch.tensor(3.0, device=device))
     optimiser = torch.optim.AdamW([*net.parameters(), scale], _RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, max(iterations, 2))
     near = torch.exp(-0.5 * torch.arange(-REACH, REACH + 1, dtype=torch.float32) ** 2)
-    near = near / near.sum()
+    near = (near / near.sum()).to(device)
     for iteration in range(iterations):
-        rows, lips, weight = windows.take(_BATCH)
-        sound, motion = net.sound(rows), net.motion(lips)
+        rows, lips, weight = (v.to(device) for v in windows.take(_BATCH))
+        with machine.precision():
+            sound, motion = net.sound(rows), net.motion(lips)
+        sound, motion = sound.float(), motion.float()
         known = (weight.sum(dim=1) > STEPS / 4).float()
         offsets = net.compare(sound, motion, weight) * scale.exp()
         loss = -((near * functional.log_softmax(offsets, dim=1)).sum(dim=1) * known).sum() / known.sum().clamp(min=1)
@@ -101,7 +105,7 @@ def train(motions: list[Motion], iterations: int, seed: int = 0) -> SyncScorer:
         now = sound[..., REACH : REACH + STEPS]
         others = torch.einsum("bdt,cdt->bc", motion * weight[:, None], now) / motion.shape[1]
         others = others / weight.sum(dim=1, keepdim=True).clamp(min=1) * scale.exp()
-        loss = loss + 0.3 * functional.cross_entropy(others, torch.arange(_BATCH))
+        loss = loss + 0.3 * functional.cross_entropy(others, torch.arange(_BATCH, device=device))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -113,7 +117,7 @@ def train(motions: list[Motion], iterations: int, seed: int = 0) -> SyncScorer:
                 mean.copy_(mean * keep + value * (1 - keep) if mean.is_floating_point() else value)
         if (iteration + 1) % 100 == 0:
             print(f"{iteration + 1}: loss {loss.detach():.3f}", flush=True)
-    return average.eval()
+    return average.eval().cpu()
 
 
 def figures(net: SyncScorer, motions: list[Motion]) -> Figures:
@@ -152,7 +156,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("work/weights"), help="needs beaver_basis.npz")
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--smoke", action="store_true", help="three iterations, to see that it runs")
+    add_options(parser)
     args = parser.parse_args()
+    machine = machine_of(args)
     torch.set_num_threads(1)
     motions = load_all(args.data, read_basis(args.weights / "beaver_basis.npz"))
     path = args.weights / "sync.pt"
@@ -162,7 +168,7 @@ def main() -> None:
             lessons = read_lessons(args.data / "taught.npz")
             for motion in learned:
                 motion.lag_s = lessons[motion.row.name].lag_s
-        net = train(learned, 3 if args.smoke else args.iterations)
+        net = train(learned, 3 if args.smoke else args.iterations, machine=machine)
         torch.save(net.state_dict(), path)
     net = load_scorer(path)
     unmet = [m for m in motions if m.row.split == "validate" and m.targets()[1].sum() > 25]

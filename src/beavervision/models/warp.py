@@ -96,7 +96,9 @@ def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, 
     held = np.clip(x, left[at], right[at])
     place = row[at] * width + x.astype(np.intp)
     inside = np.flatnonzero((held == x) & (y == row)[at])
-    which = np.full(width * height, -1, np.intp)  # of what was found, the last with its middle inside counts, else the last
+    which = np.full(
+        width * height, -1, np.intp
+    )  # of what was found, the last with its middle inside counts, else the last
     which[place] = np.arange(len(place))
     which[place[inside]] = inside
     held_by = np.flatnonzero(which >= 0)

@@ -776,7 +776,7 @@ def _display_matrix(frame: av.VideoFrame) -> Turn:
 
 
 def _upright(plane: U8, turn: Turn) -> U8:
-    """The plane turned by quarters and mirrored; if it is neither, it still is the frame's memory, which it keeps alive and which the
+    """The plane turned by quarters and mirrored; if it is neither, it still is the frame's memory, kept alive by it, which the
     decoder may refer to.
     """
     a, b, c, d = turn

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from beavervision.media import F32, U8, Clip, Patch, Picture
+from beavervision.media import F32, Clip, Patch, Picture
 from beavervision.models.detail import MouthDetail
 
 _EVERY = 3  # one in so many pictures is measured
@@ -92,7 +92,7 @@ def _match_of(picture: Picture, patch: Patch) -> _Match | None:
     return _Match(np.clip(shift, -_MAX_SHIFT, _MAX_SHIFT), sharpen)
 
 
-def _mean(values: npt.NDArray[Any], mask: U8) -> float:
+def _mean(values: npt.NDArray[Any], mask: npt.NDArray[Any]) -> float:
     """Where the mask is set. OpenCV's own masked mean takes twenty times as long."""
     return cv2.sumElems(cv2.copyTo(values, mask))[0] / cv2.countNonZero(mask)
 
