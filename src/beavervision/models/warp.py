@@ -96,9 +96,8 @@ def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, 
     held = np.clip(x, left[at], right[at])
     place = row[at] * width + x.astype(np.intp)
     inside = np.flatnonzero((held == x) & (y == row)[at])
-    which = np.full(
-        width * height, -1, np.intp
-    )  # of what was found, the last with its middle inside counts, else the last
+    # Of the triangles that come near a cell the last that has its middle counts, else the last.
+    which = np.full(width * height, -1, np.intp)
     which[place] = np.arange(len(place))
     which[place[inside]] = inside
     held_by = np.flatnonzero(which >= 0)
@@ -111,9 +110,9 @@ def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, 
     area = np.where(area == 0, np.float32(1), area)[:, None]
     across = (e1 * ac[:, 1:] - e2 * ab[:, 1:]) / area
     along = (e2 * ab[:, :1] - e1 * ac[:, :1]) / area
-    base = offsets_px[:, 0] - across * a[:, :1] - along * a[:, 1:]
+    from_a = np.stack([held, y[at]], axis=1) - a[mine]
     found = np.zeros((width * height, 2), np.float32)
-    found[held_by] = base[mine] + across[mine] * held[:, None] + along[mine] * y[at][:, None]
+    found[held_by] = offsets_px[mine, 0] + across[mine] * from_a[:, :1] + along[mine] * from_a[:, 1:]
     return found.reshape(height, width, 2), owner.reshape(height, width)
 
 
