@@ -83,6 +83,24 @@ def test_a_blurred_patch_is_sharpened_towards_its_surroundings() -> None:
     assert detail(matched) > 1.3 * detail(plain)
 
 
+def test_a_seam_between_the_chroma_samples_leaves_the_colours_as_they_are() -> None:
+    picture = portrait()
+    source = picture.rgb(REGION)
+    mask = np.zeros((64, 96), np.uint8)
+    mask[31, 20:70] = 100  # an odd row: no chroma sample has it
+    dark = np.clip(source.astype(int) - 30, 0, 255).astype(np.uint8)
+    patch = Patch.of_rgb(REGION, dark, mask, picture.color)
+    (matched,) = run([picture], [(patch,)])
+    (plain,) = run([picture], [(patch,)], match=False)
+    assert (matched.u == plain.u).all()
+    assert (matched.v == plain.v).all()
+    row = np.s_[151, 200:250]
+    assert (
+        np.abs(matched.y[row] - picture.y[row].astype(int)).mean()
+        < np.abs(plain.y[row] - picture.y[row].astype(int)).mean()
+    )
+
+
 def test_the_correction_does_not_flicker_and_starts_anew_with_a_shot() -> None:
     picture = portrait()
     source = picture.rgb(REGION).astype(int)
