@@ -362,7 +362,7 @@ def train(
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        _follow(average, student, min(0.996, step / (step + 50)))
+        follow(average, student, min(0.996, step / (step + 50)))
         if (step + 1) % 250 == 0 or step + 1 == options.iterations:
             save.parent.mkdir(parents=True, exist_ok=True)
             torch.save(average.net.state_dict(), save)
@@ -387,7 +387,8 @@ def middle(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor
     return {k: (v + other[k]) / 2 if v.dtype.is_floating_point else v for k, v in one.items()}
 
 
-def _follow(average: nn.Module, student: nn.Module, keep: float) -> None:
+def follow(average: nn.Module, student: nn.Module, keep: float) -> None:
+    """Move the weights of `average` towards those of `student`, of which it keeps the share `keep` of its own."""
     with torch.no_grad():
         for a, s in zip(average.state_dict().values(), student.state_dict().values(), strict=True):
             if a.dtype.is_floating_point:

@@ -26,6 +26,7 @@ from beavervision.models.mesh import INNER_LIP, IndexArray, fit_pose
 from beavervision.models.nets.beaver import PainterNet
 from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, read_points, unpack_points
 from training.machine import CPU, Machine, add_options, machine_of
+from training.motion import follow
 from training.pack import read_crops
 
 WIDTH, HEIGHT = PAINT_SIZE
@@ -254,7 +255,7 @@ def train(
             critic_optimiser.zero_grad()
             torch.autograd.backward(hinge)
             critic_optimiser.step()
-        _follow(average, net, min(0.997, step / (step + 50)))
+        follow(average, net, min(0.997, step / (step + 50)))
         if (step + 1) % 250 == 0 or step + 1 == options.iterations:
             save.parent.mkdir(parents=True, exist_ok=True)
             torch.save(average.state_dict(), save)
@@ -277,15 +278,6 @@ def figures(net: PainterNet, unmet: list[Mouths]) -> tuple[float, float]:
         painted = ((net(given) - wanted).abs() * mask).sum() / mask.sum() / 3
     copied = ((given[:, 4:7] - wanted).abs() * mask).sum() / mask.sum() / 3
     return float(painted), float(copied)
-
-
-def _follow(average: nn.Module, net: nn.Module, keep: float) -> None:
-    with torch.no_grad():
-        for a, n in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
-            if a.dtype.is_floating_point:
-                a.mul_(keep).add_(n, alpha=1 - keep)
-            else:
-                a.copy_(n)
 
 
 def main() -> None:
