@@ -28,4 +28,6 @@ def test_the_bench_times_what_a_browser_hears_and_sees() -> None:
     assert report.soak is not None
     for skew_ms in (report.soak.skew_start_ms, report.soak.skew_end_ms):
         assert abs(skew_ms) <= 240, "the beep nearest to a flash is its own: flashes are 480 ms apart"
+    if (report.soak.stolen_percent or 0) < 20:  # a browser whose processor is taken away lets pictures wait
+        assert abs(report.soak.skew_end_ms - report.soak.skew_start_ms) < 60
     assert any("Chromium" in line for line in report.lines())
