@@ -48,8 +48,8 @@ FORMATS = {
     ".mkv": _Format("matroska", "libx264", "aac", _AAC_HZ),
     ".webm": _Format("webm", "libvpx-vp9", "libopus", (48000,)),
 }
-# What this preset can do without on talking heads: a quarter of its CPU time, for 0.6 % more bits at the same PSNR. Weights are
-# for fades.
+# What this preset can do without on talking heads: a quarter of its CPU time, for 0.6 % more bits at the same PSNR. Weighted
+# prediction is for fades.
 _SPARED = {"veryfast": "me=dia:partitions=i4x4,i8x8:weightp=0"}
 _MATRIX_CODES = {Matrix.BT709: 1, Matrix.BT601: 6, Matrix.BT2020: 9}
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1"}
@@ -83,8 +83,8 @@ def check_output(path: Path | str) -> None:
 class Encode:
     """Writes clips as they pass: H.264 and AAC (mp4, m4v, mov, mkv), or VP9 and Opus (webm), by the path's suffix.
 
-    preset and crf are those of x264, but that "veryfast" looks for motion as "superfast" does; VP9 runs in its real-time mode
-    with the same share of its own crf scale. threads is for the video encoder.
+    preset and crf are those of x264, but that "veryfast" looks for motion as "superfast" does and has no weighted prediction; VP9
+    runs in its real-time mode with the same share of its own crf scale. threads is for the video encoder.
     """
 
     name = "encode"
