@@ -3,7 +3,7 @@
 Tracking re-crops the mesh from its own last points and looks for the face anew only when it is lost or the shot changes.
 Points are smoothed over five pictures by a symmetric polynomial fit, which takes out jitter without lag, at
 the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes. Where the face goes on
-evenly, which most do that wait, listen or are a portrait, every other picture is spared the nets.
+evenly, which most do that wait, listen or are a portrait, one picture in two or in four is looked at.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ _MAX_PITCH_DEG = 38.0
 _RETRY = 5  # a lost face is searched for in one of so many pictures
 _CUT_LEVEL = 22.0  # mean difference of luma thumbnails that makes a cut, if it also stands out of the last ones
 _CUT_RATIO = 4.0
-# A picture between two others is spared where its points would be off the middle of theirs by less than this, in crop sides,
-# and where no part of the face looks other than the mean of theirs by as much, in levels of luma.
+# Pictures between two others are spared where their points would be off the line between those by less than this, in crop
+# sides, and where no part of the face looks other than the mean of theirs by as much, in levels of luma.
 _UNEVEN = 0.001
 _UNLIKE = 6.0
+_NEAR, _FAR = 2, 4  # from one picture that is looked at to the next; the farther where the nearer was good enough
 _LIPS = np.concatenate([INNER_LIP, OUTER_LIP])
-_PARTS = 32  # of the face's height and width that are compared
+_PARTS = 32  # of the face's height and width that are compared,
+_LIP_PARTS = 12  # and of that of its lips
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class _Seen:
 class Detect:
     """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off. Without `tiles` small faces are
     not searched for, which would hold up a live picture; without `shapes` faces that are followed come without blendshapes.
-    With `sparing` a picture may get the mean of what was found in its neighbours, which needs one more picture of delay.
+    With `sparing` a picture may get what lies between the faces found before and after it, which needs up to three more of delay.
     """
 
     name = "detect"
@@ -309,37 +311,46 @@ class _Tracker:
         self._shot = 0
         self._missed = 0
         self._look = Appearance()
-        self._trail: deque[F32 | None] = deque(maxlen=3)  # the last points of the shot; None where not all was well
-        self._held: Picture | None = None  # a picture that waits to be spared
-        self._may_hold = False
+        # The last points of the shot; None where not all was well.
+        self._trail: deque[F32 | None] = deque(maxlen=_FAR + 1)
+        self._held: list[Picture] = []  # pictures that wait to be spared
+        self._span = _NEAR  # to the next picture to be looked at
 
     def look(self, picture: Picture) -> list[_Seen]:
         """What is to be seen in `picture`, or nothing as long as it waits for the next; before it, what had been waiting."""
-        if self._held is picture:
-            return [*(seen := self.end()), *seen]
-        if self._held is None and self._last is not None and self._last[0] is picture:
+        if self._held and self._held[-1] is picture:
+            return [*(seen := self.end()), seen[-1]]
+        if not self._held and self._last is not None and self._last[0] is picture:
             return [self._last[1]]
-        cut = self._is_cut(picture)
-        held, self._held = self._held, None
-        if held is None:
-            if self._may_hold and not cut:
-                self._held = picture
-                return []
-            return [self._seen(picture, cut)]
-        if not cut and (spared := self._spare(held, picture)) is not None:
+        if self._is_cut(picture):
+            return [*self.end(), self._seen(picture, True)]
+        if len(self._held) + 1 < self._reach():
+            self._held.append(picture)
+            return []
+        held, self._held = self._held, []
+        if held and (spared := self._spare(held, picture)) is not None:
             return spared
-        return [self._seen(held, False), self._seen(picture, cut)]
+        return [self._seen(one, False) for one in (*held, picture)]
 
     def end(self) -> list[_Seen]:
-        """What is to be seen in the picture that waits, if one does."""
-        held, self._held = self._held, None
-        return [] if held is None else [self._seen(held, False)]
+        """What is to be seen in the pictures that wait, if any do."""
+        held, self._held = self._held, []
+        if len(held) > 1 and (spared := self._spare(held[:-1], held[-1])) is not None:
+            return spared
+        return [self._seen(one, False) for one in held]
+
+    def _reach(self) -> int:
+        """How far the next picture to be looked at may be: as far back all must have been well too."""
+        if not self._sparing or len(self._trail) <= _NEAR or any(points is None for points in self._trail):
+            return 1
+        return self._span if len(self._trail) > self._span else _NEAR
 
     def _seen(self, picture: Picture, cut: bool) -> _Seen:
         if cut:
             self._shot += 1
             self._crop, self._missed, self._look = None, 0, Appearance()
             self._trail.clear()
+            self._span = _NEAR
         face = self._find(picture)
         missing = FaceState.CUT if cut else FaceState.LOST
         state = self._judge(picture, face) if face is not None else missing
@@ -349,39 +360,65 @@ class _Tracker:
         seen = _Seen(face, state, self._shot)
         self._last = (picture, seen)
         self._trail.append(face.points_px if face is not None and state is FaceState.OK else None)
-        self._may_hold = self._sparing and len(self._trail) == 3 and all(points is not None for points in self._trail)
         return seen
 
-    def _spare(self, held: Picture, picture: Picture) -> list[_Seen] | None:
-        """What is to be seen in both, if the face goes on so evenly that `held` needs no look of its own."""
+    def _spare(self, held: list[Picture], picture: Picture) -> list[_Seen] | None:
+        """What is to be seen in all of them, if the face goes on so evenly that those `held` need no look of their own; None where
+        it is not found again."""
         assert self._crop is not None
         assert self._last is not None
-        (earlier_picture, earlier), crop = self._last, self._crop
+        (earlier, seen), crop = self._last, self._crop
         face = self._nets.face(picture, crop, shapes=self._shapes)
-        if face is None or earlier.face is None or not _near(face, crop):
+        if face is None or seen.face is None or not _near(face, crop):
             return None
-        middle = _middle(earlier.face, face)
-        near = ((earlier_picture, earlier.face), (picture, face))
-        even = self._is_even(face.points_px, crop) and _is_like(held, middle.points_px, near)
-        if not even:
-            # The face of `picture` is known already: only the held one is looked for, from a better guess than it had.
-            guess = Crop.of_points(middle.points_px)
-            found = self._nets.face(held, guess, shapes=self._shapes)
-            if found is None or not _near(found, guess):
-                return None
-            middle = found
+        between = self._between((earlier, seen.face), held, (picture, face), list(self._trail))
+        if between is None:
+            return None
         self._crop = Crop.of_points(face.points_px)
-        state = self._judge(picture, face) if even else None
-        before = self._followed(held, middle, state if state is FaceState.OK else self._judge(held, middle))
-        return [before, self._followed(picture, face, state or self._judge(picture, face))]
+        spared = all(sure for _, sure in between)
+        self._span = _FAR if spared else _NEAR
+        state = self._judge(picture, face) if spared else None
+        out = []
+        for one, (found, _) in zip(held, between, strict=True):
+            out.append(self._followed(one, found, state if state is FaceState.OK else self._judge(one, found)))
+        return [*out, self._followed(picture, face, state or self._judge(picture, face))]
 
-    def _is_even(self, points_px: F32, crop: Crop) -> bool:
-        """Whether the points go on from where they were one and three pictures before the one that waits."""
-        first, _, second = self._trail
-        assert first is not None
-        assert second is not None
+    def _between(
+        self, one: tuple[Picture, Face], held: list[Picture], other: tuple[Picture, Face], before: list[F32 | None]
+    ) -> list[tuple[Face, bool]] | None:
+        """The faces of the pictures `held` between two others, and whether each is sure without a look; None where one is lost.
+
+        `before` has the points of the pictures up to `one`.
+        """
+        if not held:
+            return []
+        span = len(held) + 1
+        lines = [_mean(one[1], other[1], (i + 1) / span) for i in range(len(held))]
+        if self._is_even(before[-1 - span], one[1].points_px, other[1].points_px) and all(
+            _is_like(picture, face.points_px, (one, other), lips=span > _NEAR)
+            for picture, face in zip(held, lines, strict=True)
+        ):
+            return [(face, True) for face in lines]
+        # The faces on both sides are known already: those in between are looked for from a better guess than they had.
+        half = span // 2
+        picture, guess = held[half - 1], Crop.of_points(lines[half - 1].points_px)
+        found = self._nets.face(picture, guess, shapes=self._shapes)
+        if found is None or not _near(found, guess):
+            return None
+        first = self._between(one, held[: half - 1], (picture, found), before)
+        if first is None:
+            return None
+        passed = [*before, *(face.points_px for face, _ in first), found.points_px]
+        second = self._between((picture, found), held[half:], other, passed)
+        return None if second is None else [*first, (found, False), *second]
+
+    def _is_even(self, first: F32 | None, second: F32, third: F32) -> bool:
+        """Whether the points go on from the second to the third as they did from the first to the second."""
+        if first is None:
+            return False
+        assert self._crop is not None
         # Of an even acceleration the middle of two pictures is off by an eighth of this.
-        off = np.linalg.norm((points_px - 2 * second + first)[:, :2], axis=1) / (8 * crop.side_px)
+        off = np.linalg.norm((third - 2 * second + first)[:, :2], axis=1) / (8 * self._crop.side_px)
         return bool((off < _UNEVEN).mean() > 0.95 and off[_LIPS].mean() < _UNEVEN)
 
     def _find(self, picture: Picture) -> Face | None:
@@ -419,18 +456,30 @@ class _Tracker:
         return FaceState.OCCLUDED if covered else FaceState.OK
 
 
-def _middle(one: Face, other: Face) -> Face:
-    shapes = None if one.shapes is None or other.shapes is None else (one.shapes + other.shapes) * np.float32(0.5)
-    return Face((one.points_px + other.points_px) * np.float32(0.5), shapes, min(one.confidence, other.confidence))
+def _mean(one: Face, other: Face, part: float) -> Face:
+    """The face at `part` of the way from one to the other."""
+    near, far = np.float32(1 - part), np.float32(part)
+    shapes = None if one.shapes is None or other.shapes is None else one.shapes * near + other.shapes * far
+    return Face(one.points_px * near + other.points_px * far, shapes, min(one.confidence, other.confidence))
 
 
-def _is_like(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Picture, Face]]) -> bool:
-    """Whether the face in `picture`, at about `points_px`, looks like the mean of the same face in its neighbours."""
+def _is_like(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Picture, Face]], lips: bool) -> bool:
+    """Whether the face in `picture`, at about `points_px`, looks like the mean of the same face in two pictures around it; with
+    `lips` what it says must, too."""
+    around = [(of, face.points_px) for of, face in neighbours]
+    if (_unlike(picture, points_px, around, _PARTS) < _UNLIKE).mean() <= 0.98:
+        return False
+    around = [(of, points[_LIPS]) for of, points in around]
+    return not lips or bool((_unlike(picture, points_px[_LIPS], around, _LIP_PARTS) < _UNLIKE).mean() > 0.95)
+
+
+def _unlike(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Picture, F32]], count: int) -> F32:
+    """By how many levels each of about `count` x `count` parts of what is at `points_px` differs from the mean of the others."""
     size = np.array([picture.width_px, picture.height_px])
     low = np.clip(points_px[:, :2].min(axis=0), 0, size - 2).astype(int)
     wide, high = np.clip(np.ceil(points_px[:, :2].max(axis=0)), low + 2, size).astype(int) - low
-    skip = max(1, int(high) // (4 * _PARTS))  # a quarter of each part's rows tells enough
-    part = max(1, int(wide) // _PARTS), max(1, int(high) // skip // _PARTS)  # whole pixels are averaged fast
+    skip = max(1, int(high) // (4 * count))  # a quarter of each part's rows tells enough
+    part = max(1, int(wide) // count), max(1, int(high) // skip // count)  # whole pixels are averaged fast
     parts = int(wide) // part[0], int(high) // skip // part[1]
     wide, high = parts[0] * part[0], parts[1] * part[1] * skip
 
@@ -440,9 +489,8 @@ def _is_like(picture: Picture, points_px: F32, neighbours: Sequence[tuple[Pictur
         return np.asarray(cv2.resize(box, parts, interpolation=cv2.INTER_AREA), np.float32)
 
     centre = points_px[:, :2].mean(axis=0)
-    usual = np.mean([seen(of, np.rint(face.points_px[:, :2].mean(axis=0) - centre)) for of, face in neighbours], axis=0)
-    unlike = np.abs(seen(picture, np.zeros(2, np.float32)) - usual)
-    return bool((unlike < _UNLIKE).mean() > 0.98)
+    usual = np.mean([seen(of, np.rint(points[:, :2].mean(axis=0) - centre)) for of, points in neighbours], axis=0)
+    return np.asarray(np.abs(seen(picture, np.zeros(2, np.float32)) - usual), np.float32)
 
 
 def _near(face: Face, crop: Crop) -> bool:
