@@ -199,6 +199,28 @@ def test_a_still_picture_shown_again_and_again_is_looked_at_once() -> None:
     assert len({id(face) for t in alone for face in t.faces}) == 1
 
 
+def test_a_source_that_is_played_back_and_forth_is_looked_at_once() -> None:
+    pictures = [moved(dx=3 * np.sin(i / 2)) for i in range(20)]
+    shown = [*range(20), *range(18, 0, -1), *range(20), *range(18, 12, -1)]
+    held = [pictures[i] for i in shown]
+
+    def looped(block: int) -> Iterator[Clip]:
+        for start in range(0, len(shown), block):
+            part = slice(start, start + block)
+            yield Clip(Frames(tuple(held[part]), start, Fraction(25), tuple(shown[part])))
+
+    for block in (1, 4, 8):
+        counting = _Counting(pictures, None)
+        out = list(Detect(cast(FaceNets, counting))(looped(block)))
+        assert [picture for clip in out for picture in clip.frames.pictures] == held
+        faces = [face for clip in out if clip.track is not None for face in clip.track.faces]
+        assert len(faces) == len(shown)
+        # The last pictures' own future is their past; once they are told, nothing is looked at.
+        assert len(counting.asked) < len(pictures) + 3 * max(block, 4)
+        assert all(faces[38 + i] is faces[i] for i in range(12))
+        assert all(faces[i] is faces[n] for i, n in enumerate(shown) if n < 12)
+
+
 def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:
     shown = [portrait()] * 10 + [empty(g) for g in (88, 89, 90, 91, 92, 93, 94, 95)] + [portrait()] * 10
     tracks = track(shown)

@@ -244,16 +244,20 @@ def to_planes(rgb: U8, color: Color) -> tuple[U8, U8, U8]:
 class Frames:
     """Consecutive pictures of a stream at a constant rate; the first is picture number `start`.
 
-    A still repeats one Picture object, so that stages can see that nothing changed (``is``).
+    A still repeats one Picture object, so that stages can see that nothing changed (``is``). `shown` are their numbers in the
+    source, which may be played back and forth; () where that is not known.
     """
 
     pictures: tuple[Picture, ...]
     start: int
     rate: Fraction
+    shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.pictures or self.start < 0 or self.rate <= 0:
-            raise ValueError(f"{len(self.pictures)} pictures from {self.start} at {self.rate}/s")
+        if not self.pictures or self.start < 0 or self.rate <= 0 or len(self.shown) not in (0, len(self.pictures)):
+            raise ValueError(
+                f"{len(self.pictures)} pictures from {self.start} at {self.rate}/s, showing {len(self.shown)}"
+            )
 
     def __len__(self) -> int:
         return len(self.pictures)

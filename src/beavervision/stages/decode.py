@@ -224,19 +224,20 @@ class Decode:
         pictures = self._pictures(info)
         try:
             while block := tuple(itertools.islice(pictures, self._block)):
-                yield Clip(Frames(block, start, info.rate))
+                shown, of = zip(*block, strict=True)
+                yield Clip(Frames(of, start, info.rate, shown))
                 start += len(block)
         finally:
             pictures.close()
 
-    def _pictures(self, info: SourceInfo) -> Generator[Picture, None, None]:
+    def _pictures(self, info: SourceInfo) -> Generator[tuple[int, Picture], None, None]:
         if info.kind == "still":
-            yield from itertools.repeat(_load_still(info.path))
+            yield from itertools.repeat((0, _load_still(info.path)))
         elif self._extend == "loop":
             yield from _back_and_forth(info, self._threads, self._on_note)
         else:
-            last: Picture | None = None
-            for last in _forward(info, self._threads, self._on_note):
+            last: tuple[int, Picture] | None = None
+            for last in enumerate(_forward(info, self._threads, self._on_note)):
                 yield last
             if self._extend == "freeze" and last is not None:
                 yield from itertools.repeat(last)
@@ -652,18 +653,18 @@ def _prepared(path: Path, container: av.container.InputContainer, threads: int) 
     return stream
 
 
-def _back_and_forth(info: SourceInfo, threads: int, on_note: Notify | None) -> Iterator[Picture]:
+def _back_and_forth(info: SourceInfo, threads: int, on_note: Notify | None) -> Iterator[tuple[int, Picture]]:
     size = info.width_px * info.height_px * 3 // 2
     limit = max(2, min(HELD_PICTURES, HELD_BYTES // size))
-    short: list[Picture] | None = []
+    short: list[tuple[int, Picture]] | None = []
     count = 0
-    for picture in _forward(info, threads, on_note):
+    for one in enumerate(_forward(info, threads, on_note)):
         count += 1
         if short is not None:
-            short.append(picture)
+            short.append(one)
             if len(short) > limit:
                 short = None
-        yield picture
+        yield one
     if short is not None:
         while True:
             yield from short[-2:0:-1]
@@ -674,9 +675,9 @@ def _back_and_forth(info: SourceInfo, threads: int, on_note: Notify | None) -> I
             begin = max(1, end - limit)
             chunk = _chunk(info, begin, end, threads)
             while chunk:
-                yield chunk.pop()
+                yield begin + len(chunk) - 1, chunk.pop()
             end = begin
-        yield from _forward(info, threads, None)
+        yield from enumerate(_forward(info, threads, None))
 
 
 def _chunk(info: SourceInfo, begin: int, end: int, threads: int) -> list[Picture]:

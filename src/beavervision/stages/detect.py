@@ -3,7 +3,8 @@
 Tracking re-crops the mesh from its own last points and looks for the face anew only when it is lost or the shot changes.
 Points are smoothed over five pictures by a symmetric polynomial fit, which takes out jitter without lag, at
 the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes. Where the face goes on
-evenly, which most do that wait, listen or are a portrait, one picture in two or in four is looked at.
+evenly, which most do that wait, listen or are a portrait, one picture in two or in four is looked at; a picture that is shown
+again, as a source that is shorter than the speech is played back and forth, is not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP, fit_pose, opening
 
 LOOK_AHEAD = 4  # pictures seen before one is let go
+KEPT_PICTURES = 3000  # whose faces are kept, 6 kB each, for when they are shown again
 _SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
 _MAX_YAW_DEG = 48.0
 _MAX_PITCH_DEG = 38.0
@@ -241,17 +243,23 @@ class Detect:
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
+        told = _Told()
         for clip in itertools.chain(clips, (None,)):  # None: no more will come, so nothing waits for what is ahead
             if clip is not None:
                 waiting.append(clip)
+                if all(told.knows(one) for one in waiting):
+                    while waiting:
+                        yield told.again(waiting.popleft())
+                    continue
                 for picture in clip.frames.pictures:
                     seen.extend(tracker.look(picture))
             else:
                 seen.extend(tracker.end())
             ahead = self._look_ahead if clip is not None else 0
             while waiting and len(seen) - passed >= len(waiting[0]) + ahead:
-                first = waiting.popleft()
-                yield self._tracked(first, seen, passed)
+                first = self._tracked(waiting.popleft(), seen, passed)
+                told.keep(first)
+                yield first
                 passed = self._forget(seen, passed + len(first))
 
     def _forget(self, seen: deque[_Seen], passed: int) -> int:
@@ -293,6 +301,27 @@ class Detect:
                 if 0 <= j < len(window) and window[j].shot == window[i].shot and window[j].state is not FaceState.OK:
                     strength = min(strength, step / reach)
         return strength
+
+
+class _Told:
+    """What was told of the pictures of a source, which comes to be played back and forth."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Face | None, FaceState, np.float32, int]] = {}
+
+    def keep(self, clip: Clip) -> None:
+        track = clip.track
+        if track is not None and clip.frames.shown and len(self._of) < KEPT_PICTURES:
+            self._of |= zip(
+                clip.frames.shown, zip(track.faces, track.states, track.strength, track.shot, strict=True), strict=True
+            )
+
+    def knows(self, clip: Clip) -> bool:
+        return bool(clip.frames.shown) and self._of.keys() >= set(clip.frames.shown)
+
+    def again(self, clip: Clip) -> Clip:
+        faces, states, strength, shot = zip(*(self._of[i] for i in clip.frames.shown), strict=True)
+        return replace(clip, track=FaceTrack(faces, states, np.array(strength, np.float32), shot))
 
 
 class _Tracker:

@@ -497,4 +497,5 @@ def _first_of(clip: Clip, count: int) -> Clip:
     track = clip.track and FaceTrack(
         clip.track.faces[:count], clip.track.states[:count], clip.track.strength[:count], clip.track.shot[:count]
     )
-    return replace(clip, frames=replace(clip.frames, pictures=clip.frames.pictures[:count]), track=track)
+    frames = replace(clip.frames, pictures=clip.frames.pictures[:count], shown=clip.frames.shown[:count])
+    return replace(clip, frames=frames, track=track)
