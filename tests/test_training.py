@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from beavervision.models.basis import MotionBasis
 from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
-from training import clips, export, lessons, motion, painter, sync, voices
+from training import clips, export, lessons, motion, painter, recordings, sync, voices
 from training.machine import CPU, Machine, machine_of
 
 pytestmark = pytest.mark.torch
@@ -153,7 +154,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     voices.save(said, data / "voices.npz")
     taught = {
         name: lessons.Lesson(np.zeros((n, motion.BASIS_SIZE)), np.zeros((n, lessons.COMPONENTS)), 0.02)
-        for name, n in [("c0", 150), ("c1", 149), ("voice 0", 150), ("voice 1", 150)]
+        for name, n in [("c0", 150), ("c1", 149), ("voice 0", 150), ("voice 1", 150), ("recording 0", 148)]
     }
     lessons.write_lessons(taught, data / "taught.npz")
     spoken = voices.load(data / "voices.npz")
@@ -162,9 +163,10 @@ def test_the_recipe_runs_from_packed_clips_to_files(
         {lessons.voice_name(i): s for i, s in enumerate(spoken)},
         lessons.read_lessons(data / "taught.npz"),
         basis,
-        motion.Options(iterations=2, batch=2, synthetic=2, channels=8),
+        motion.Options(iterations=2, batch=2, synthetic=2, recorded=3, channels=8),
         weights / "motion.pt",
         machine=machine,
+        recordings={lessons.recording_name(0): recordings.rows_of(pcm)},
     )
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
     assert motions[0].lag_s == 0.02
@@ -189,6 +191,41 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     assert hashes["beaver_motion.onnx"] in card.read_text("utf-8")
     (told,) = OnnxNet(out / "beaver_motion.onnx")(np.zeros((1, 2 * 7 + trained.extra_rows, 64), np.float32))
     assert told.shape == (1, 7, motion.BASIS_SIZE)
+
+
+def test_recordings_of_one_voice_are_heard_one_after_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "sounds" / "tuxpaint-stamps-default"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    long = {"a_desc_fr": 6.0, "b_desc_fr": 7.0, "c_desc_fr": 2.0, "d_desc_el": 1.5, "e_desc_el": 0.1}
+    for level, (name, seconds) in zip((0.5, 0.05, 0.1, 0.2, 0.2), long.items(), strict=True):
+        pcm = rng.normal(0, level / 3, int(seconds * 22050)).clip(-1, 1)
+        pcm[: 22050 // 10] = 0
+        with av.open(str(folder / f"{name}.ogg"), "w", format="wav") as file:
+            stream = file.add_stream("pcm_s16le", rate=22050, layout="stereo")
+            frame = av.AudioFrame.from_ndarray(np.repeat(pcm * 32767, 2).astype(np.int16)[None], "s16", "stereo")
+            frame.rate = 22050
+            file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+    (folder / "f_desc_fr.ogg").write_bytes(b"no sound")
+    (folder / "bark.ogg").write_bytes(b"of no voice")
+    told = {name: (len(paths), most_s) for name, paths, most_s in recordings.recordings(tmp_path / "sounds")}
+    assert told == {"tuxpaint-stamps-default-fr": (4, 480), "tuxpaint-stamps-default-el": (2, 480)}
+    sounds = {
+        name: list(recordings.joined(paths, most_s, np.random.default_rng(1)))
+        for name, paths, most_s in recordings.recordings(tmp_path / "sounds")
+    }
+    french, greek = sounds.values()
+    assert sum(map(len, french)) / 16000 == pytest.approx(15, abs=2)
+    assert len(french) == 2
+    assert len(greek) == 1, "what is too short is left out"
+    loud = [float(np.sqrt(np.mean(part[part != 0] ** 2))) for part in (*french, *greek)]
+    assert loud == pytest.approx([voices.RMS] * 3, rel=0.1)
+    recordings.save([*french, *greek], tmp_path / "recordings.npz")
+    again = recordings.load(tmp_path / "recordings.npz")
+    assert [len(one) for one in again] == [len(one) for one in (*french, *greek)]
+    assert np.abs(again[0] - french[0]).max() < 1e-4
+    assert recordings.load(tmp_path / "none.npz") == []
 
 
 def test_augmented_rows_stay_log_mel() -> None:

@@ -43,3 +43,8 @@ def write_lessons(lessons: dict[str, Lesson], path: Path) -> None:
 def voice_name(index: int) -> str:
     """The name of a synthetic sentence among the lessons."""
     return f"voice {index}"
+
+
+def recording_name(index: int) -> str:
+    """The name of recorded speech among the lessons."""
+    return f"recording {index}"

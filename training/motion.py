@@ -24,8 +24,10 @@ from beavervision.models.basis import MotionBasis
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP
 from beavervision.models.nets.beaver import MEL_PER_STEP, MotionNet, MotionPair
 from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padded_rows
-from training.lessons import COMPONENTS, Lesson, read_lessons, voice_name
+from training.lessons import COMPONENTS, Lesson, read_lessons, recording_name, voice_name
 from training.machine import CPU, Machine, add_options, machine_of
+from training.recordings import load as load_recordings
+from training.recordings import rows_of
 from training.voices import Spoken, Viseme, load
 
 BASIS_SIZE = 16
@@ -70,12 +72,13 @@ class Readout:
 
 
 class Examples:
-    """Random windows of the train clips and of the synthetic voices, with what the teacher says of them."""
+    """Random windows of the train clips, of the synthetic voices and of recordings, with what the teacher says of them."""
 
     def __init__(
         self,
         motions: list[Motion],
         voices: dict[str, Spoken],
+        recordings: dict[str, F32],
         lessons: dict[str, Lesson],
         net: MotionNet,
         rng: np.random.Generator,
@@ -83,6 +86,9 @@ class Examples:
         self._net, self._rng = net, rng
         self._clips = [self._clip(m, lessons[m.row.name]) for m in motions]
         self._voices = [(v, _joined(lessons[name], len(v.classes))) for name, v in voices.items()]
+        self._recordings = [
+            (rows, _joined(lessons[name], len(rows) // MEL_PER_STEP)) for name, rows in recordings.items()
+        ]
         share = np.array([min(float(weight.sum()), 400.0) ** 0.7 for _, _, weight in self._clips])
         self._share = share / share.sum()
 
@@ -129,6 +135,16 @@ class Examples:
         taught = _stack(values)
         batch = Batch(_stack(rows), taught[..., :BASIS_SIZE], _stack(weights), taught)
         return batch, torch.from_numpy(np.stack(classes))
+
+    def recorded(self, count: int) -> tuple[Tensor, Tensor]:
+        """Rows (b, r, 64), and what the teacher says of them (b, n, k + 64)."""
+        rows, values = [], []
+        for i in self._rng.integers(len(self._recordings), size=count):
+            mel, value = self._recordings[i]
+            at, tempo = self._steps(len(value))
+            rows.append(self._rows(mel, float(at[0]), tempo))
+            values.append(_between(value, at))
+        return _stack(rows), _stack(values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -279,6 +295,7 @@ class Options:
     iterations: int = 1700
     batch: int = 12
     synthetic: int = 8
+    recorded: int = 0
     channels: int = 160
     hidden: int | None = None
     dropout: float = 0.1
@@ -312,8 +329,10 @@ def train(
     save: Path,
     start: Path | None = None,
     machine: Machine = CPU,
+    recordings: dict[str, F32] | None = None,
 ) -> MotionNet:
-    """Train on `motions` (their lags become those of the lessons) and `voices`, from the weights `start` if given.
+    """Train on `motions` (their lags become those of the lessons), `voices` and `recordings` (their equalised rows), from the
+    weights `start` if given.
 
     `save` has the averaged weights.
     """
@@ -327,7 +346,7 @@ def train(
         student.net.load_state_dict(known if options.hidden is None else narrowed(known, options.hidden))
     average.load_state_dict(student.state_dict())
     average.eval()
-    examples = Examples(motions, voices, lessons, student.net, rng)
+    examples = Examples(motions, voices, recordings or {}, lessons, student.net, rng)
     optimiser = torch.optim.AdamW(student.parameters(), options.rate, weight_decay=options.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, options.rate, total_steps=options.iterations, pct_start=0.1
@@ -339,23 +358,27 @@ def train(
         said, classes = examples.synthetic(options.synthetic)
         said, classes = said.to(device), classes.to(device)
         nobody = still(max(options.batch // 12, 1), WINDOW, student.net.extra_rows, rng).to(device)
-        rows = torch.cat([augment(torch.cat([real.rows, said.rows]), rng), nobody])
+        heard, taught = [real.rows, said.rows], [real.taught, said.taught]
+        if options.recorded:
+            for to, more in zip((heard, taught), examples.recorded(options.recorded), strict=True):
+                to.append(more.to(device))
+        rows = torch.cat([augment(torch.cat(heard), rng), nobody])
         with machine.precision():
             told = student(rows)
         out, named, features = (t.float() for t in told)
         first, last = options.batch, options.batch + options.synthetic
-        spoken = out[first:last]
-        taught = torch.cat([real.taught, said.taught])
+        spoken, lesson = out[first:last], torch.cat(taught)
+        known = len(lesson)  # windows that the teacher speaks of
         name = functional.cross_entropy(named[first:last], classes, classes_weight, reduction="none")
         loss = (
             0.6 * motion_loss(out[:first], real.motion, real.weight, readout)
             + options.taught
             * 0.6
-            * motion_loss(out[:last], taught[..., :BASIS_SIZE], torch.ones_like(taught[..., 0]), readout)
-            + options.taught * 0.5 * functional.smooth_l1_loss(features[:last], taught[..., BASIS_SIZE:])
+            * motion_loss(out[:known], lesson[..., :BASIS_SIZE], torch.ones_like(lesson[..., 0]), readout)
+            + options.taught * 0.5 * functional.smooth_l1_loss(features[:known], lesson[..., BASIS_SIZE:])
             + options.articulation * articulation_loss(spoken, classes, said.weight, readout)
             + 0.2 * (name * said.weight).mean()
-            + 0.05 * out[last:].abs().mean()
+            + 0.05 * out[known:].abs().mean()
         )
         optimiser.zero_grad()
         torch.autograd.backward(loss)
@@ -563,6 +586,7 @@ def main() -> None:
     parser.add_argument("--taught", type=float, default=usual.taught, help="how much the teacher counts")
     parser.add_argument("--batch", type=int, default=usual.batch, help="windows of clips")
     parser.add_argument("--synthetic", type=int, default=usual.synthetic, help="windows of synthetic speech")
+    parser.add_argument("--recorded", type=int, default=usual.recorded, help="windows of recorded speech")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a small network, a few iterations")
@@ -590,13 +614,20 @@ def main() -> None:
             taught=args.taught,
             batch=args.batch,
             synthetic=args.synthetic,
+            recorded=args.recorded,
             rate=args.rate,
             decay=args.decay,
             seed=args.seed,
         )
         lessons = read_lessons(args.data / "taught.npz")
         heard = {voice_name(i): v for i, v in enumerate(voices) if i >= held}
-        net = train(trained, heard, lessons, basis, options, weights_path, args.start, machine)
+        recordings = load_recordings(args.data / "recordings.npz") if options.recorded else []
+        if options.recorded and recording_name(len(recordings) - 1) not in lessons:
+            parser.error(
+                f"{args.data} has no recordings, or none in taught.npz: run training.recordings, then the teacher."
+            )
+        recorded = {recording_name(i): rows_of(sound) for i, sound in enumerate(recordings)}
+        net = train(trained, heard, lessons, basis, options, weights_path, args.start, machine, recorded)
         amount = gain(net, trained, Readout.of(basis))
         state = net.state_dict()
         for key in ("head.2.weight", "head.2.bias"):

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from beavervision.media import F32
 from beavervision.stages.hear import RATE_HZ, FrontEnd
 from training.clips import Motion, load_all
-from training.lessons import COMPONENTS, Lesson, voice_name, write_lessons
+from training.lessons import COMPONENTS, Lesson, recording_name, voice_name, write_lessons
 from training.motion import BASIS_SIZE, WINDOW, Readout, correct_lags, correlations, motion_loss, read_basis
+from training.recordings import load as load_recordings
 from training.voices import Spoken, load
 
 WHISPER_STEP = 320  # samples; one encoder output each 20 ms
@@ -171,8 +172,12 @@ def figures(net: TeacherNet, motions: list[Motion], heard: dict[str, F32], reado
     return f"gap {np.median(gap_r):.3f}, width {np.median(width_r):.3f}, lag within a frame {lag.mean():.2f}"
 
 
-def sounds_of(motions: list[Motion], voices: list[Spoken]) -> dict[str, F32]:
-    return {m.row.name: m.pcm for m in motions} | {voice_name(i): v.pcm for i, v in enumerate(voices)}
+def sounds_of(motions: list[Motion], voices: list[Spoken], recordings: list[F32]) -> dict[str, F32]:
+    return (
+        {m.row.name: m.pcm for m in motions}
+        | {voice_name(i): v.pcm for i, v in enumerate(voices)}
+        | {recording_name(i): sound for i, sound in enumerate(recordings)}
+    )
 
 
 def main() -> None:
@@ -190,7 +195,9 @@ def main() -> None:
     readout = Readout.of(basis)
     motions, voices = load_all(args.data, basis), load(args.data / "voices.npz")
     began = time.monotonic()
-    raw = Recogniser(args.whisper, args.threads).features(sounds_of(motions, voices))
+    raw = Recogniser(args.whisper, args.threads).features(
+        sounds_of(motions, voices, load_recordings(args.data / "recordings.npz"))
+    )
     print(f"{len(raw)} sounds heard, {time.monotonic() - began:.0f} s", flush=True)
     teach(raw, motions, readout, 6 if args.smoke else args.iterations, args.seed, args.data / "taught.npz")
 

@@ -22,7 +22,7 @@ from beavervision.speech import Phone, Speaker
 from beavervision.stages.hear import LOG_MEL, RATE_HZ, Resampler
 from training.clips import STEP_S
 
-_RMS = 0.05
+RMS = 0.05
 _EDGE_MS = 200.0  # silence around each sentence
 _SHARES = {"hibari": 0.25, "kokoro": 0.65, "espeak": 0.1}  # of the sentences, among the engines that work
 
@@ -152,7 +152,7 @@ def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
         resampler = Resampler(chunks[0].audio.rate_hz)
         pcm = np.concatenate([*(resampler.push(c.audio.pcm) for c in chunks), resampler.end()])
         edge = np.zeros(int(_EDGE_MS / 1000 * RATE_HZ))
-        pcm = np.concatenate([edge, pcm * _RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
+        pcm = np.concatenate([edge, pcm * RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
         rows = Equaliser().push(LOG_MEL.rows(pcm))
         phones = tuple(p for c in chunks for p in c.phones)
         out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
