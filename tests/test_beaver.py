@@ -14,6 +14,7 @@ from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, Equaliser,
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.models.mesh import Pose
+from beavervision.models.warp import places_of
 from beavervision.speech import speak
 from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
@@ -245,3 +246,14 @@ def test_no_triangle_that_a_turned_head_hides_is_drawn(yaw_deg: float) -> None:
     hidden = len(topology.triangles) - len(drawn)
     assert hidden == 0 if yaw_deg == 0 else hidden > 30
     assert len(opening.side) == len(drawn)
+
+
+def test_pixels_find_their_places_between_cells() -> None:
+    """To the edge where nothing moves, and between the middles of cells where they move evenly."""
+    y, x = np.mgrid[0:42, 0:30].astype(np.float32)
+    still = places_of(np.zeros((7, 5, 2), np.float32), 6, left=-4, top=10)
+    assert np.abs(still - np.dstack([x - 4, y + 10])).max() < 1e-4
+    middles = np.stack(np.meshgrid(np.arange(5), np.arange(7)), axis=-1).astype(np.float32) * 6 + 2.5
+    places = places_of(middles * np.float32(0.25), 6)
+    inside = np.s_[3:-3, 3:-3]
+    assert np.abs(places - np.dstack([x, y]) * 1.25)[inside].max() < 1e-4

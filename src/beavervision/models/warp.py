@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -14,7 +13,6 @@ from beavervision.media import F32, U8, Picture, Region
 
 _GRID = 80  # cells along the longer side of a region, in which the triangles are found
 _TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
-_GRID_EVERY = 256  # sides of what is kept, for regions that change by some pixels from picture to picture
 _REACH = 2  # cells around the mouth's opening in which its sides are told apart
 
 
@@ -32,7 +30,7 @@ class Opening:
 def triangle_flow(
     source_px: F32, target_px: F32, triangles: npt.NDArray[np.intp], opening: Opening, size: tuple[int, int]
 ) -> tuple[F32, F32]:
-    """For each pixel of (width, height) `size`, where to take it from, and the soft mask of what moves.
+    """For each pixel of (width, height) `size`, the place to take it from, and the soft mask of what moves.
 
     Args:
         source_px, target_px: (n, 2) where the points are and where they shall come to lie.
@@ -40,7 +38,7 @@ def triangle_flow(
         opening: of the mouth among the points.
 
     Returns:
-        The offsets (h, w, 2) from a pixel to its source, and the mask (h, w), 0 to 1.
+        The places (h, w, 2), 0 being the middle of the first pixel, and the mask (h, w), 0 to 1.
     """
     step = max(1, round(max(size) / _GRID))
     small = (-(-size[0] // step), -(-size[1] // step))
@@ -49,15 +47,29 @@ def triangle_flow(
     moved = (np.abs(offset_px).max(axis=1) > 0.05)[triangles].any(axis=1)
     triangles = triangles[moved]
     coarse, owner = _raster(target_px[triangles] / np.float32(step), offset_px[triangles], small)
-    flow: Any = cv2.resize(coarse, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
+    where = places_of(coarse, step)[: size[1], : size[0]]
     if np.abs(offset_px[opening.upper] - offset_px[opening.lower]).max() > _TORN_PX:
         side = np.append(opening.side[moved], np.int8(0))[owner]
-        _part(flow, coarse, side, target_px[opening.upper], target_px[opening.lower], step)
+        _part(where, coarse, side, target_px[opening.upper], target_px[opening.lower], step)
     # Half cells, for an edge that does not widen with them.
     inside = cv2.resize((owner >= 0).astype(np.uint8), (2 * small[0], 2 * small[1]), interpolation=cv2.INTER_NEAREST)
     soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)).astype(np.float32), (0, 0), 1.5)
     mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
-    return np.asarray(flow, np.float32), np.asarray(mask, np.float32)
+    return where, np.asarray(mask, np.float32)
+
+
+def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
+    """For each pixel (h * step, w * step, 2), the place to take it from, given how far away that is from the middles of cells
+    (h, w) of `step` pixels, the first with its corner at (`left`, `top`).
+
+    Places are interpolated, not offsets: what is linear comes out exactly.
+    """
+    cells: Any = cv2.copyMakeBorder(offsets_px, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # up to the edge, not the last middle
+    rows, columns = cells.shape[:2]
+    cells[..., 0] += (np.arange(columns, dtype=np.float32) - np.float32(0.5)) * step + np.float32(left - 0.5)
+    cells[..., 1] += ((np.arange(rows, dtype=np.float32) - np.float32(0.5)) * step + np.float32(top - 0.5))[:, None]
+    fine: Any = cv2.resize(cells, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(fine[step:-step, step:-step], np.float32)
 
 
 def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, npt.NDArray[np.intp]]:
@@ -121,7 +133,7 @@ def _counted(counts: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _part(flow: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> None:
+def _part(where: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> None:
     """Let upper and lower lip each go on as they move (in place) over the opening, up to its middle: halfway between a cell of the
     one and a cell of the other pixels would be taken from what lay between the lips.
     """
@@ -140,13 +152,13 @@ def _part(flow: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, low
     below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), size[::-1])
     reach = 2 * _REACH * step + 1
     near = np.asarray(cv2.dilate(filled(edges - origin, size[::-1]), np.ones((reach, reach), np.uint8)), np.uint8)
-    box = flow[low[1] * step : high[1] * step, low[0] * step : high[0] * step]
+    box = where[low[1] * step : high[1] * step, low[0] * step : high[0] * step]
     for one, here in ((1, near & ~below), (-1, near & below)):
         of_one = (side[cells] == one).astype(np.float32)
         around = cv2.blur(cv2.merge([*cv2.split(coarse[cells]), np.ones_like(of_one)]) * of_one[..., None], (5, 5))
         guess = around[..., :2] / np.maximum(around[..., 2:], np.float32(1e-6))
         whole = np.where((of_one > 0)[..., None] | (around[..., 2:] <= 0), coarse[cells], guess)
-        fine = cv2.resize(whole, size, interpolation=cv2.INTER_LINEAR)[: box.shape[0], : box.shape[1]]
+        fine = places_of(whole, step, *(low * step).tolist())[: box.shape[0], : box.shape[1]]
         cv2.copyTo(np.ascontiguousarray(fine), here[: box.shape[0], : box.shape[1]], box)
 
 
@@ -157,34 +169,18 @@ def filled(points: F32, shape: tuple[int, ...]) -> U8:
     return mask
 
 
-def warped(picture: Picture, region: Region, flow: F32) -> tuple[U8, U8, U8]:
-    """The planes of `region`, each pixel taken from `flow` (h, w, 2) beside it: y (h, w), u and v (h/2, w/2).
+def warped(picture: Picture, region: Region, where: F32) -> tuple[U8, U8, U8]:
+    """The planes of `region`, each pixel taken from its place `where` (h, w, 2) in it: y (h, w), u and v (h/2, w/2).
 
     Luma is interpolated cubically, chroma linearly.
     """
     y, u, v = picture.planes(region)
-    size = (region.width_px, region.height_px)
-    where = cv2.add(flow, _grid(*size))
     edge = cv2.BORDER_REPLICATE
     # OpenCV interpolates floats faster than bytes.
     luma = cv2.remap(y.astype(np.float32), where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
     # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
-    half_size = (size[0] // 2, size[1] // 2)
-    beside = cv2.resize(flow, half_size, interpolation=cv2.INTER_NEAREST)
-    half = cv2.addWeighted(beside, 0.5, _grid(*half_size), 1.0, 0.0)
+    half = where[::2, ::2] * np.float32(0.5)
     chroma = cv2.remap(cv2.merge([u, v]), half, None, cv2.INTER_LINEAR, borderMode=edge)  # type: ignore[call-overload]
     moved_u, moved_v = cv2.split(chroma)
     rounded = cv2.add(luma, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]
     return np.asarray(rounded, np.uint8), np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
-
-
-def _grid(width: int, height: int) -> F32:
-    """(height, width, 2): the index of each pixel."""
-    side = -(-max(width, height) // _GRID_EVERY) * _GRID_EVERY
-    return _square_grid(side)[:height, :width]
-
-
-@lru_cache(maxsize=4)
-def _square_grid(side: int) -> F32:
-    x, y = np.meshgrid(np.arange(side, dtype=np.float32), np.arange(side, dtype=np.float32))
-    return np.dstack([x, y])

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from beavervision.media import F32, U8, Clip, Picture, Region
 from beavervision.models.expression import ExpressionBasis, samples
 from beavervision.models.mesh import FACE_OVAL, Pose, fit_pose
+from beavervision.models.warp import places_of
 
 STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
@@ -184,15 +185,10 @@ class _Warp:
         left, top = max(0, -self._x), max(0, -self._y)
         right = max(min(columns * step, region.width_px - self._x), left)
         bottom = max(min(rows * step, region.height_px - self._y), top)
-        where = cv2.resize(grid, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)[top:bottom, left:right]
-        half = (columns * step // 2, rows * step // 2)
-        where_c = cv2.resize(grid * np.float32(0.5), half, interpolation=cv2.INTER_LINEAR)
+        where = places_of(grid, step, self._x, self._y)[top:bottom, left:right]
+        where_c = places_of(grid * np.float32(0.5), step // 2, self._x // 2, self._y // 2)
         where_c = where_c[top // 2 : bottom // 2, left // 2 : right // 2]
-        x, y = self._x + left, self._y + top
-        for of, first_x, first_y in ((where, x, y), (where_c, x // 2, y // 2)):
-            of[..., 0] += np.arange(first_x, first_x + of.shape[1], dtype=np.float32)
-            of[..., 1] += np.arange(first_y, first_y + of.shape[0], dtype=np.float32)[:, None]
-        return _Places(x, y, np.asarray(where, np.float32), np.asarray(where_c, np.float32))
+        return _Places(self._x + left, self._y + top, where, where_c)
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""

@@ -262,8 +262,8 @@ class _Drawing:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         size = (region.width_px, region.height_px)
-        flow, mask = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
-        planes = warped(picture, region, flow)
+        where, mask = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
+        planes = warped(picture, region, where)
         hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
         alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
         return cls(region, planes, picture.color, alpha, hole, target_px, pose)
