@@ -8,7 +8,7 @@ pictures a second shows from ``i / rate`` to ``(i + 1) / rate`` seconds, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
@@ -344,6 +344,15 @@ class FaceTrack:
         n = len(self.faces)
         if len(self.states) != n or self.strength.shape != (n,) or len(self.shot) != n:
             raise ValueError("a track needs a face, a state, a strength and a shot for each picture")
+
+    def at(self, pictures: Sequence[int]) -> FaceTrack:
+        """The track of these of its pictures, in their order."""
+        return FaceTrack(
+            tuple(self.faces[i] for i in pictures),
+            tuple(self.states[i] for i in pictures),
+            self.strength[list(pictures)],
+            tuple(self.shot[i] for i in pictures),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -230,7 +230,7 @@ class Pipeline:
         expresses = alive or manner is not None or script.anything
         extend: Extend = {"loop": "loop", "freeze": "freeze", "trim": "none", "keep": "none"}[fit]  # type: ignore[assignment]
         if look is not None and look.track is not None:
-            seen, detect = look.survey, cast(Stage, Retrace(look.track, loop=extend == "loop"))
+            seen, detect = look.survey, cast(Stage, Retrace(look.track))
         else:
             nets = FaceNets()
             seen = self._survey(info, nets, choice) if look is None else look.survey

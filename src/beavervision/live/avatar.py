@@ -132,13 +132,7 @@ class Avatar:
     def clip(self, indices: range, start: int, rate: Fraction) -> Clip:
         """The pictures that show at `indices` of a session, tracked, as a clip that begins with number `start`."""
         at = [self.place(i, rate) for i in indices]
-        track = FaceTrack(
-            tuple(self.track.faces[i] for i in at),
-            tuple(self.track.states[i] for i in at),
-            self.track.strength[at],
-            tuple(self.track.shot[i] for i in at),
-        )
-        return Clip(Frames(tuple(self.pictures[i] for i in at), start, rate), track=track)
+        return Clip(Frames(tuple(self.pictures[i] for i in at), start, rate), track=self.track.at(at))
 
     @classmethod
     def prepare(

@@ -173,35 +173,18 @@ def joined(tracks: Sequence[FaceTrack]) -> FaceTrack:
 class Retrace:
     """The detect stage for a source whose pictures were all tracked before: it looks at nothing.
 
-    track: of the source's pictures, first to last. loop: whether pictures after the last are those before it, back and
-    forth as :class:`~beavervision.stages.decode.Decode` plays them; else they are the last one.
+    track: of the source's pictures, first to last. Pictures that come after the last are taken for it.
     """
 
     name = "detect"
 
-    def __init__(self, track: FaceTrack, *, loop: bool) -> None:
-        self._track, self._loop = track, loop
+    def __init__(self, track: FaceTrack) -> None:
+        self._track = track
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        track = self._track
-        for clip in clips:
-            at = [self._place(number) for number in range(clip.frames.start, clip.frames.stop)]
-            yield replace(
-                clip,
-                track=FaceTrack(
-                    tuple(track.faces[i] for i in at),
-                    tuple(track.states[i] for i in at),
-                    track.strength[at],
-                    tuple(track.shot[i] for i in at),
-                ),
-            )
-
-    def _place(self, number: int) -> int:
         last = len(self._track.faces) - 1
-        if not self._loop or number <= last:
-            return min(number, last)
-        number %= 2 * last or 1
-        return min(number, 2 * last - number)
+        for clip in clips:
+            yield replace(clip, track=self._track.at([min(number, last) for number in clip.frames.shown]))
 
 
 @dataclass(slots=True)

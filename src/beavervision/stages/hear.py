@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beavervision.errors import MediaError, NoAudioError
-from beavervision.media import F32, Audio, Clip, FaceTrack, Frames, Heard, Net, pictures_for, sample_at
+from beavervision.media import F32, Audio, Clip, Frames, Heard, Net, pictures_for, sample_at
 
 F64 = npt.NDArray[np.float64]
 
@@ -494,8 +494,6 @@ def _first_of(clip: Clip, count: int) -> Clip:
     """The first `count` pictures of `clip`, with their track."""
     if count >= len(clip):
         return clip
-    track = clip.track and FaceTrack(
-        clip.track.faces[:count], clip.track.states[:count], clip.track.strength[:count], clip.track.shot[:count]
-    )
+    track = clip.track and clip.track.at(range(count))
     frames = replace(clip.frames, pictures=clip.frames.pictures[:count], shown=clip.frames.shown[:count])
     return replace(clip, frames=frames, track=track)
