@@ -180,7 +180,7 @@ def warped(picture: Picture, region: Region, where: F32) -> tuple[U8, U8, U8]:
     luma = cv2.remap(y.astype(np.float32), where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
     # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
     half = where[::2, ::2] * np.float32(0.5)
-    # Each alone: OpenCV takes two channels together by the next 32nd of a sample, and longer.
-    moved_u, moved_v = (cv2.remap(plane, half, None, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))  # type: ignore[call-overload]
+    chroma = cv2.remap(cv2.merge([u, v]), half, None, cv2.INTER_LINEAR, borderMode=edge)  # type: ignore[call-overload]
+    moved_u, moved_v = cv2.split(chroma)
     rounded = cv2.add(luma, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]
     return np.asarray(rounded, np.uint8), np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
