@@ -13,6 +13,7 @@ from beavervision.errors import UsageError
 from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Picture
 from beavervision.models.face import Crop, Detection, FaceNets, blendshape_names
 from beavervision.models.mesh import INNER_LIP, OUTER_CORNERS, canonical, fit_pose
+from beavervision.stages import detect
 from beavervision.stages.decode import from_rgb
 from beavervision.stages.detect import Detect, FaceChoice, survey
 from tests.faces import empty, moved, portrait, portrait_rgb
@@ -199,19 +200,22 @@ def test_a_still_picture_shown_again_and_again_is_looked_at_once() -> None:
     assert len({id(face) for t in alone for face in t.faces}) == 1
 
 
+SHOWN = [*range(20), *range(18, 0, -1), *range(20), *range(18, 12, -1)]
+
+
+def looped(pictures: list[Picture], block: int) -> Iterator[Clip]:
+    """Twenty pictures, played back and forth."""
+    for start in range(0, len(SHOWN), block):
+        part = SHOWN[start : start + block]
+        yield Clip(Frames(tuple(pictures[i] for i in part), start, Fraction(25), tuple(part)))
+
+
 def test_a_source_that_is_played_back_and_forth_is_looked_at_once() -> None:
     pictures = [moved(dx=3 * np.sin(i / 2)) for i in range(20)]
-    shown = [*range(20), *range(18, 0, -1), *range(20), *range(18, 12, -1)]
-    held = [pictures[i] for i in shown]
-
-    def looped(block: int) -> Iterator[Clip]:
-        for start in range(0, len(shown), block):
-            part = slice(start, start + block)
-            yield Clip(Frames(tuple(held[part]), start, Fraction(25), tuple(shown[part])))
-
+    shown, held = SHOWN, [pictures[i] for i in SHOWN]
     for block in (1, 4, 8):
         counting = _Counting(pictures, None)
-        out = list(Detect(cast(FaceNets, counting))(looped(block)))
+        out = list(Detect(cast(FaceNets, counting))(looped(pictures, block)))
         assert [picture for clip in out for picture in clip.frames.pictures] == held
         faces = [face for clip in out if clip.track is not None for face in clip.track.faces]
         assert len(faces) == len(shown)
@@ -219,6 +223,16 @@ def test_a_source_that_is_played_back_and_forth_is_looked_at_once() -> None:
         assert len(counting.asked) < len(pictures) + 3 * max(block, 4)
         assert all(faces[38 + i] is faces[i] for i in range(12))
         assert all(faces[i] is faces[n] for i, n in enumerate(shown) if n < 12)
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+def test_a_source_too_long_to_be_kept_is_followed_each_time(monkeypatch: pytest.MonkeyPatch, sparing: bool) -> None:
+    monkeypatch.setattr(detect, "KEPT_PICTURES", 8)
+    path = [2.0 * i for i in range(20)]
+    out = Detect(nets(), sparing=sparing)(looped([moved(dx=dx) for dx in path], 4))
+    found = centres([clip.track for clip in out if clip.track is not None])[:, 0]
+    wanted = np.array([path[i] for i in SHOWN])
+    assert np.abs(found - found[0] - wanted).max() < 1.5
 
 
 def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:

@@ -24,7 +24,7 @@ from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP, fit_pose, opening
 
 LOOK_AHEAD = 4  # pictures seen before one is let go
-KEPT_PICTURES = 3000  # whose faces are kept, 6 kB each, for when they are shown again
+KEPT_PICTURES = 3000  # of a source whose faces are kept, 6 kB each, for when they are shown again
 _SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
 _MAX_YAW_DEG = 48.0
 _MAX_PITCH_DEG = 38.0
@@ -230,13 +230,13 @@ class Detect:
         for clip in itertools.chain(clips, (None,)):  # None: no more will come, so nothing waits for what is ahead
             if clip is not None:
                 waiting.append(clip)
-                if all(told.knows(one) for one in waiting):
+                if all(told.knows(one) for one in waiting):  # then the whole source was told, and the tracker is done
                     while waiting:
                         yield told.again(waiting.popleft())
                     continue
                 for picture in clip.frames.pictures:
                     seen.extend(tracker.look(picture))
-            else:
+            elif waiting:
                 seen.extend(tracker.end())
             ahead = self._look_ahead if clip is not None else 0
             while waiting and len(seen) - passed >= len(waiting[0]) + ahead:
@@ -287,17 +287,21 @@ class Detect:
 
 
 class _Told:
-    """What was told of the pictures of a source, which comes to be played back and forth."""
+    """What was told of the pictures of a source, which comes to be played back and forth: of all of them, or of none if they are
+    more than `KEPT_PICTURES`."""
 
     def __init__(self) -> None:
         self._of: dict[int, tuple[Face | None, FaceState, np.float32, int]] = {}
+        self._keeps = True
 
     def keep(self, clip: Clip) -> None:
         track = clip.track
-        if track is not None and clip.frames.shown and len(self._of) < KEPT_PICTURES:
-            self._of |= zip(
-                clip.frames.shown, zip(track.faces, track.states, track.strength, track.shot, strict=True), strict=True
-            )
+        assert track is not None
+        if self._keeps and clip.frames.shown:
+            told = zip(track.faces, track.states, track.strength, track.shot, strict=True)
+            self._of |= zip(clip.frames.shown, told, strict=True)
+        if len(self._of) > KEPT_PICTURES:
+            self._of, self._keeps = {}, False
 
     def knows(self, clip: Clip) -> bool:
         return bool(clip.frames.shown) and self._of.keys() >= set(clip.frames.shown)
