@@ -20,6 +20,7 @@ from beavervision.models.basis import MotionBasis
 from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
+from beavervision.models.sync import SOUND_RMS
 from training import clips, export, lessons, motion, painter, recordings, sync, voices
 from training.machine import CPU, Machine, machine_of
 
@@ -166,7 +167,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(
         motion.Options(iterations=2, batch=2, synthetic=2, recorded=3, channels=8),
         weights / "motion.pt",
         machine=machine,
-        recordings={lessons.recording_name(0): recordings.rows_of(pcm)},
+        recordings={lessons.recording_name(0): voices.rows_of(pcm)},
     )
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
     assert motions[0].lag_s == 0.02
@@ -220,7 +221,7 @@ def test_recordings_of_one_voice_are_heard_one_after_the_other(tmp_path: Path) -
     assert len(french) == 2
     assert len(greek) == 1, "what is too short is left out"
     loud = [float(np.sqrt(np.mean(part[part != 0] ** 2))) for part in (*french, *greek)]
-    assert loud == pytest.approx([voices.RMS] * 3, rel=0.1)
+    assert loud == pytest.approx([SOUND_RMS] * 3, rel=0.1)
     recordings.save([*french, *greek], tmp_path / "recordings.npz")
     again = recordings.load(tmp_path / "recordings.npz")
     assert [len(one) for one in again] == [len(one) for one in (*french, *greek)]

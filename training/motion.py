@@ -27,8 +27,7 @@ from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padde
 from training.lessons import COMPONENTS, Lesson, read_lessons, recording_name, voice_name
 from training.machine import CPU, Machine, add_options, machine_of
 from training.recordings import load as load_recordings
-from training.recordings import rows_of
-from training.voices import Spoken, Viseme, load
+from training.voices import Spoken, Viseme, load, rows_of
 
 BASIS_SIZE = 16
 WINDOW = 100  # steps of one example

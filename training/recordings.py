@@ -20,9 +20,9 @@ import av
 import numpy as np
 
 from beavervision.media import F32
-from beavervision.models.beaver import Equaliser
-from beavervision.stages.hear import LOG_MEL, RATE_HZ
-from training.voices import RMS
+from beavervision.models.sync import SOUND_RMS
+from beavervision.stages.hear import RATE_HZ
+from training.voices import pack_sounds, unpack_sounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def read(path: Path) -> F32:
     sound = sound[max(loud[0] - edge, 0) : loud[-1] + edge]
     if not _SHORTEST_S * RATE_HZ <= len(sound) <= _LONGEST_S * RATE_HZ:
         return np.zeros(0, np.float32)
-    return np.asarray(sound * RMS / max(float(np.sqrt(np.mean(sound**2))), 1e-4), np.float32)
+    return np.asarray(sound * SOUND_RMS / max(float(np.sqrt(np.mean(sound**2))), 1e-4), np.float32)
 
 
 def joined(paths: list[Path], most_s: float, rng: np.random.Generator) -> Iterator[F32]:
@@ -111,11 +111,8 @@ def joined(paths: list[Path], most_s: float, rng: np.random.Generator) -> Iterat
 
 def save(sounds: list[F32], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        samples=np.array([len(s) for s in sounds]),
-        pcm=np.concatenate([(s * 32767).clip(-32768, 32767).astype(np.int16) for s in sounds]),
-    )
+    samples, pcm = pack_sounds(sounds)
+    np.savez_compressed(path, samples=samples, pcm=pcm)
 
 
 def load(path: Path) -> list[F32]:
@@ -123,12 +120,7 @@ def load(path: Path) -> list[F32]:
     if not path.exists():
         return []
     with np.load(path) as raw:
-        return np.split(raw["pcm"].astype(np.float32) / 32768, np.cumsum(raw["samples"])[:-1])
-
-
-def rows_of(sound: F32) -> F32:
-    """Its equalised log-mel rows (r, 64)."""
-    return Equaliser().push(LOG_MEL.rows(sound))
+        return unpack_sounds(raw["samples"], raw["pcm"])
 
 
 def main() -> None:

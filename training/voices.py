@@ -18,11 +18,11 @@ import numpy.typing as npt
 from beavervision.errors import BeaverVisionError
 from beavervision.media import F32
 from beavervision.models.beaver import Equaliser
+from beavervision.models.sync import SOUND_RMS
 from beavervision.speech import Phone, Speaker
 from beavervision.stages.hear import LOG_MEL, RATE_HZ, Resampler
 from training.clips import STEP_S
 
-RMS = 0.05
 _EDGE_MS = 200.0  # silence around each sentence
 _SHARES = {"hibari": 0.25, "kokoro": 0.65, "espeak": 0.1}  # of the sentences, among the engines that work
 
@@ -152,8 +152,8 @@ def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
         resampler = Resampler(chunks[0].audio.rate_hz)
         pcm = np.concatenate([*(resampler.push(c.audio.pcm) for c in chunks), resampler.end()])
         edge = np.zeros(int(_EDGE_MS / 1000 * RATE_HZ))
-        pcm = np.concatenate([edge, pcm * RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
-        rows = Equaliser().push(LOG_MEL.rows(pcm))
+        pcm = np.concatenate([edge, pcm * SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
+        rows = rows_of(pcm)
         phones = tuple(p for c in chunks for p in c.phones)
         out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
         if len(out) == count:
@@ -161,12 +161,29 @@ def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
     return out
 
 
+def rows_of(pcm: F32) -> F32:
+    """The equalised log-mel rows (r, 64) of sound (samples,) at 16 kHz."""
+    return Equaliser().push(LOG_MEL.rows(pcm))
+
+
+def pack_sounds(sounds: list[F32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]:
+    """How many samples each of the sounds (samples,) has, and all of them in 16 bits."""
+    kept = [(pcm * 32767).clip(-32768, 32767).astype(np.int16) for pcm in sounds]
+    return np.array([len(pcm) for pcm in kept]), np.concatenate(kept)
+
+
+def unpack_sounds(samples: npt.NDArray[np.intp], pcm: npt.NDArray[np.int16]) -> list[F32]:
+    """What :func:`pack_sounds` packed."""
+    return np.split(pcm.astype(np.float32) / 32768, np.cumsum(samples)[:-1])
+
+
 def save(spoken: list[Spoken], path: Path) -> None:
+    samples, pcm = pack_sounds([s.pcm for s in spoken])
     np.savez_compressed(
         path,
         steps=np.array([len(s.classes) for s in spoken]),
-        samples=np.array([len(s.pcm) for s in spoken]),
-        pcm=np.concatenate([(s.pcm * 32767).clip(-32768, 32767).astype(np.int16) for s in spoken]),
+        samples=samples,
+        pcm=pcm,
         classes=np.concatenate([s.classes for s in spoken]).astype(np.int8),
         centred=np.concatenate([s.centred for s in spoken]).astype(np.float16),
     )
@@ -174,13 +191,10 @@ def save(spoken: list[Spoken], path: Path) -> None:
 
 def load(path: Path) -> list[Spoken]:
     with np.load(path) as raw:
-        steps, samples = np.cumsum(raw["steps"])[:-1], np.cumsum(raw["samples"])[:-1]
-        pieces = np.split(raw["pcm"].astype(np.float32) / 32768, samples)
+        steps, pieces = np.cumsum(raw["steps"])[:-1], unpack_sounds(raw["samples"], raw["pcm"])
         classes = np.split(raw["classes"].astype(np.int64), steps)
         centred = np.split(raw["centred"].astype(np.float32), steps)
-    return [
-        Spoken(p, Equaliser().push(LOG_MEL.rows(p)), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)
-    ]
+    return [Spoken(p, rows_of(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
 
 
 def main() -> None:
