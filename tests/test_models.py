@@ -41,7 +41,7 @@ def synthetic(model: str) -> dict[str, Any]:
 
 def test_cards_name_their_licences_and_restrict_wav2lip() -> None:
     assert len({card.name for card in CARDS}) == len(CARDS)
-    assert {card.name for card in CARDS if card.non_commercial} == {"wav2lip", "restoreformer", "codeformer"}
+    assert {card.name for card in CARDS if card.non_commercial} == {"wav2lip", "s3fd", "restoreformer", "codeformer"}
     assert all(card.licence_code and card.licence_weights and card.source for card in CARDS)
     assert not cards.WAV2LIP.files
 

@@ -291,6 +291,8 @@ GOOD = {"text": "Hi.", "consent": "true"}
         ({"settings": '{"model": "none"}'}, 422, "model"),
         ({"settings": '{"model": "wav2lip"}'}, 403, "licence"),
         ({"settings": '{"restore": "none"}'}, 422, "model"),
+        ({"settings": '{"boxes": "none"}'}, 422, "model"),
+        ({"settings": '{"whole_box": true}'}, 422, "usage"),
         ({"settings": '{"expression": "gleeful"}'}, 422, "usage"),
         ({"text": "Привет."}, 422, "text"),
         ({"text": "Hello [wild] you."}, 422, "text"),

@@ -24,6 +24,7 @@ from beavervision.media import (
     Frames,
     Heard,
     Picture,
+    Region,
 )
 from beavervision.models.mesh import FACE_OVAL, INNER_LIP, OUTER_LIP, Pose, canonical
 from beavervision.stages.lipsync_wav2lip import Wav2LipSync
@@ -78,15 +79,15 @@ def stream(faces: Sequence[Face | None], rate: Fraction, size: int, shots: list[
 
 
 def published_boxes(faces: list[Face]) -> list[tuple[int, int, int, int]]:
-    boxes = np.array(
-        [
-            [p[:, 0].min(), p[:, 1].min(), p[:, 0].max(), min(p[:, 1].max() + 10, SIZE[0])]
-            for p in (f.points_px[FACE_OVAL, :2] for f in faces)
-        ]
-    )
-    n = len(boxes)
-    means = [boxes[min(i, n - 5) : min(i, n - 5) + 5].mean(axis=0) for i in range(n)]
-    return [tuple(int(v) for v in mean) for mean in means]  # type: ignore[misc]
+    """Whole pixels throughout, and smoothed in place, so that the last ones run on from those before them."""
+    rows = []
+    for points in (f.points_px[FACE_OVAL, :2] for f in faces):
+        x0, y0, x1, y1 = (int(v) for v in (*points.min(axis=0), *points.max(axis=0)))
+        rows.append([x0, y0, x1, min(y1 + 10, SIZE[0])])
+    boxes = np.array(rows)
+    for i in range(len(boxes)):
+        boxes[i] = boxes[max(min(i, len(boxes) - 5), 0) :][:5].mean(axis=0)
+    return [tuple(int(v) for v in box) for box in boxes]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(30_000, 1001)])
@@ -165,6 +166,56 @@ def test_a_face_at_the_edge_is_cut_by_the_picture() -> None:
     (clip,) = Wav2LipSync(Recorder())(stream(faces, Fraction(25), 5))
     region = clip.patches[0][0].region
     assert region.x_px == 0 and region.y_px + region.height_px == SIZE[0]
+
+
+def test_the_detectors_box_of_the_same_face_is_drawn_in() -> None:
+    """Pictures that are shown again are not looked at again; where it misses the face, the mesh's box takes its place."""
+    asked: list[U8] = []
+
+    def boxes(rgb: U8) -> F32:
+        asked.append(rgb)
+        missed = len(asked) > 10
+        return np.array([[10, 10, 60, 60, 0.99], *([] if missed else [[100.9, 60.2, 215.7, 190.8, 0.8]])], np.float32)
+
+    faces: list[Face | None] = [face(160.0)] * 25
+    clips = [
+        replace(
+            c,
+            frames=replace(
+                c.frames,
+                shown=tuple(range(c.frames.start, c.frames.stop))
+                if c.frames.start < 10
+                else tuple(range(9, 4, -1))
+                if c.frames.start == 10
+                else (),
+            ),
+        )
+        for c in stream(faces, Fraction(25), 5)
+    ]
+    out = list(Wav2LipSync(Recorder(), boxes=boxes, whole_box=True)(iter(clips)))
+    regions = [p[0].region for clip in out for p in clip.patches]
+    assert set(regions[:11]) == {Region(100, 60, 116, 140)}
+    assert len(asked) == 10 + 10
+    for rgb, picture in zip(asked[:10], (p for c in clips[:2] for p in c.frames.pictures), strict=True):
+        np.testing.assert_array_equal(rgb, picture.rgb())
+    without = list(Wav2LipSync(Recorder(), whole_box=True)(stream(faces, Fraction(25), 5)))
+    assert regions[-5:] == [p[0].region for clip in without for p in clip.patches][-5:]
+
+
+def test_a_still_is_looked_at_once() -> None:
+    asked = 0
+
+    def boxes(rgb: U8) -> F32:
+        nonlocal asked
+        asked += 1
+        return np.array([[100, 60, 216, 190, 0.8]], np.float32)
+
+    faces: list[Face | None] = [face(160.0)] * 10
+    (clip,) = stream(faces, Fraction(25), 10)
+    still = replace(clip, frames=replace(clip.frames, pictures=(clip.frames.pictures[0],) * 10))
+    (out,) = Wav2LipSync(Recorder(), boxes=boxes)(iter([still]))
+    assert asked == 1
+    assert all(len(p) == 1 for p in out.patches)
 
 
 def test_another_network_is_refused() -> None:

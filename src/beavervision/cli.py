@@ -162,6 +162,20 @@ def lipsync(
         str | None, typer.Option(help="A face restorer to run over the pictures: one that `models add` imported.")
     ] = None,
     restore_area: Annotated[str, typer.Option(help="Where its detail shows: mouth or face.")] = "mouth",
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="For a Wav2Lip checkpoint: take the boxes of faces from the S3FD detector that `models add` imported under "
+            "this name, as published. By default they are the face mesh's."
+        ),
+    ] = None,
+    whole_box: Annotated[
+        bool,
+        typer.Option(
+            "--whole-box",
+            help="For a Wav2Lip checkpoint: paste the whole box with hard edges, as published, instead of the lower face.",
+        ),
+    ] = False,
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
     preset: Preset = None,
@@ -212,6 +226,8 @@ def lipsync(
             alive=alive,
             restore=restore,
             restore_area=restore_area,  # type: ignore[arg-type]  # checked there
+            boxes=boxes,
+            whole_box=whole_box,
             sheet=sheet,
             on_progress=told,
         )
@@ -326,19 +342,21 @@ def models(context: typer.Context, as_json: JsonFlag = False) -> None:
 
 @models_app.command("add")
 def models_add(
-    file: Annotated[Path, typer.Argument(help="A checkpoint (.pth or .safetensors) of Wav2Lip or a face restorer.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint (.pth or .safetensors) of Wav2Lip, S3FD or a face restorer.")
+    ],
     name: Annotated[str | None, typer.Option(help="What to call it; by default as the file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Import a checkpoint of your own. No code in it is run; needs the extra gpu, for a face restorer the extra restore."""
-    from beavervision.models.store import ModelStore
+    from beavervision.models.store import ModelStore, use_of
 
     stored = ModelStore(Settings.load().data_dir).add(file, name)
     facts = {**_card_facts(stored.card), "imported": stored.imported, "folder": str(stored.folder)}
     use = " --allow-non-commercial" if stored.card.non_commercial else ""
     lines = [
         f"{stored.card.name} is imported into {stored.folder}. Its licence: {stored.card.licence_weights}.",
-        f"Use it with: {'--restore' if stored.card.kind == 'restore' else '--model'} {stored.card.name}{use}",
+        f"Use it with: {use_of(stored.card)}{use}",
     ]
     _show(as_json, facts, lines)
 
@@ -683,6 +701,12 @@ def evaluate_sync(
 def evaluate_lse(
     video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video with sound.")],
     syncnet: Annotated[Path, typer.Option(help="The published weights, syncnet_v2.model. Needs the extra gpu.")],
+    s3fd: Annotated[
+        Path | None,
+        typer.Option(
+            help="The published face detector's weights, sfd_face.pth. Without them boxes are the face mesh's."
+        ),
+    ] = None,
     plot: Plot = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
@@ -693,7 +717,7 @@ def evaluate_lse(
 
     _check_plot(plot)
     with _progress(quiet) as told:
-        measured = lse(video, syncnet, threads=Settings.load().threads or cores(), on_progress=told)
+        measured = lse(video, syncnet, s3fd, threads=Settings.load().threads or cores(), on_progress=told)
     _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
 

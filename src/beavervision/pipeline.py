@@ -32,6 +32,7 @@ from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Pictur
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.beaver import load as load_beaver
+from beavervision.models.boxes import FaceBoxes
 from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
 from beavervision.models.expression import load_basis
 from beavervision.models.face import FaceNets
@@ -137,7 +138,8 @@ class Pipeline:
         self._voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
         self._allow_non_commercial = allow_non_commercial
         self._restorers: dict[str, Restorer] = {}
-        self._restorers_lock = threading.Lock()
+        self._detectors: dict[str, FaceBoxes] = {}
+        self._extras_lock = threading.Lock()  # of the two above
         make = _MODELS.get(name, _Imported)
         where = self.plan["lipsync"]
         self._models = _Replicas(
@@ -178,6 +180,8 @@ class Pipeline:
         alive: bool | None = None,
         restore: str | None = None,
         restore_area: Area = "mouth",
+        boxes: str | None = None,
+        whole_box: bool = False,
         mark: bool = False,
         look: Look | None = None,
         sheet: Path | str | None = None,
@@ -199,6 +203,8 @@ class Pipeline:
             style: the manner of another speaker, see :func:`learn_style`: a JSON file or what it holds.
             alive: let the face blink, breathe and stress words unasked, repeatably by `seed`; None does so for stills alone.
             restore: an imported face restorer to run over the pictures; None for none. restore_area: where its detail shows.
+            boxes: for a Wav2Lip checkpoint: an imported S3FD detector to take the boxes of faces from, as published; None takes
+                the face mesh's. whole_box: paste the whole box with hard edges, as published, in place of the lower face.
             mark: say in a corner of the pictures that they are synthetic.
             look: what :meth:`look` found in `source`, whose `face` it was; None looks now.
             sheet: where to write a contact sheet (PNG) as well.
@@ -216,7 +222,10 @@ class Pipeline:
         if restore_area not in get_args(Area):
             raise UsageError(f"restore_area {restore_area!r}: use {' or '.join(get_args(Area))}.")
         choice = FaceChoice.parse(face)
+        if (boxes or whole_box) and not self._model.boxed:
+            raise UsageError(f"boxes and whole_box are for Wav2Lip checkpoints; {self.card.name} draws without them.")
         restorer = self._restorer(restore) if restore else None
+        detector = self._detector(boxes) if boxes else None
         encode = Encode(self.settings.preset, self.settings.crf, threads=self.plan["encode"].threads).to(out)
         if sheet is not None:
             check_sheet(Path(sheet))
@@ -266,8 +275,9 @@ class Pipeline:
         flow = flow.then(detect).then(_Named("hear", hear))
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
-        flow = flow.then(self._models.stage(seen, None if manner is None else manner.amplitude))
-        flow = flow.then(Render(match=self._model.seams))
+        asked = _Asked(None if manner is None else manner.amplitude, detector, whole_box)
+        flow = flow.then(self._models.stage(seen, asked))
+        flow = flow.then(Render(match=self._model.seams and not whole_box))
         if expresses:
             flow = flow.then(Express(load_basis()))
         if restorer is not None:
@@ -294,7 +304,9 @@ class Pipeline:
             source=_source_facts(info),
             speech=words.facts(),
             model=self._model.facts()
-            | ({} if restorer is None else {"restore": restore, "restore_area": restore_area}),
+            | ({} if restorer is None else {"restore": restore, "restore_area": restore_area})
+            | ({} if detector is None else {"boxes": boxes})
+            | ({"whole_box": True} if whole_box else {}),
             track=watch.facts(),
             times=times.report(),
             notes=tuple(dict.fromkeys((*notes, *words.notes()))),
@@ -366,7 +378,7 @@ class Pipeline:
             Detect(nets, seen.choice, shapes=expresses),
             _Named("hear", lambda heard: hear(heard, iter(audio))),
             *([self._direct(script or Script(), alive, seed, style)] if expresses else []),
-            self._models.stage(seen, None if style is None else style.amplitude),
+            self._models.stage(seen, _Asked(None if style is None else style.amplitude)),
             Render(match=self._model.seams),
             *([Express(load_basis())] if expresses else []),
         ]
@@ -433,7 +445,7 @@ class Pipeline:
 
     def _restorer(self, name: str) -> Restorer:
         where = self.plan["lipsync"]
-        with self._restorers_lock:
+        with self._extras_lock:
             if name not in self._restorers:
                 self._restorers[name] = ModelStore(self.settings.data_dir).open_restorer(
                     name,
@@ -442,6 +454,18 @@ class Pipeline:
                     threads=where.threads,
                 )
             return self._restorers[name]
+
+    def _detector(self, name: str) -> FaceBoxes:
+        where = self.plan["lipsync"]
+        with self._extras_lock:
+            if name not in self._detectors:
+                self._detectors[name] = ModelStore(self.settings.data_dir).open_boxes(
+                    name,
+                    allow_non_commercial=self._allow_non_commercial,
+                    device=where.devices[0],
+                    threads=where.threads,
+                )
+            return self._detectors[name]
 
     def _check_memory(self) -> None:
         for budget in self.budgets:
@@ -589,6 +613,21 @@ def _unmarked(cues: Sequence[Cue], script: Script, note: Callable[[str], None]) 
 # Lip-sync models ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a run asks of the drawing, where the model knows of such a thing.
+
+    `amplitude`, that of another speaker, replaces the person's own. `boxes` and `whole_box` are as for :class:`Wav2LipSync`.
+    """
+
+    amplitude: float | None = None
+    boxes: FaceBoxes | None = None
+    whole_box: bool = False
+
+
+_AS_USUAL = _Asked()
+
+
 class _Model:
     """A loaded lip-sync model: what it must hear, and its stage for a source that was looked at."""
 
@@ -599,9 +638,9 @@ class _Model:
     net: MicroBatcher  # the network that runs share
     device: str
     seams: bool  # whether what it draws differs from the picture at the mask's edge
+    boxed = False  # whether it draws within the upright box of a face
 
-    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
-        """`amplitude`, that of another speaker, replaces the person's own where the model knows of such a thing."""
+    def stage(self, seen: Survey, asked: _Asked = _AS_USUAL) -> Stage:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -625,9 +664,9 @@ class _Beaver(_Model):
         self.timing = self._files.timing
         self.net = _shared(self._files.painter, "painter")
 
-    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
+    def stage(self, seen: Survey, asked: _Asked = _AS_USUAL) -> Stage:
         files = self._files
-        profile = profile_of(seen.references, files.basis, amplitude)
+        profile = profile_of(seen.references, files.basis, asked.amplitude)
         return BeaverSync(files.motion, self.net, files.basis, profile)
 
 
@@ -637,6 +676,7 @@ class _Imported(_Model):
     front_end = Wav2LipSync.front_end
     row_ahead_ms = 15 * 12.5
     seams = True
+    boxed = True
 
     def __init__(self, name: str, device: str, threads: int, data_dir: Path, allow_non_commercial: bool) -> None:
         self.device = device
@@ -647,8 +687,8 @@ class _Imported(_Model):
         self.timing = Wav2LipSync.timing
         self.net = _shared(net, name)
 
-    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
-        return Wav2LipSync(self.net)
+    def stage(self, seen: Survey, asked: _Asked = _AS_USUAL) -> Stage:
+        return Wav2LipSync(self.net, boxes=asked.boxes, whole_box=asked.whole_box)
 
 
 class _Replicas:
@@ -666,7 +706,7 @@ class _Replicas:
     def first(self) -> _Model:
         return self._models[0]
 
-    def stage(self, seen: Survey, amplitude: float | None = None) -> Stage:
+    def stage(self, seen: Survey, asked: _Asked = _AS_USUAL) -> Stage:
         """As :meth:`_Model.stage`, on a device that is chosen when the clips begin to come."""
 
         def draw(clips: Iterator[Clip]) -> Iterator[Clip]:
@@ -674,7 +714,7 @@ class _Replicas:
                 which = self._runs.index(min(self._runs))
                 self._runs[which] += 1
             try:
-                yield from self._models[which].stage(seen, amplitude)(clips)
+                yield from self._models[which].stage(seen, asked)(clips)
             finally:
                 with self._lock:
                     self._runs[which] -= 1

@@ -12,12 +12,13 @@ pictures shown meanwhile; Wav2Lip's authors named two of its figures LSE-D and L
 - LSE-D is the least of those 31 means, LSE-C their median less that least one, and the offset 15 less its place: positive where
   the lips are late, negative where the sound is.
 
-Two things differ from the published scripts. They take the box from the S3FD detector; here it is the bounding box of the face
-mesh, which covers about the same (forehead to chin). They write pictures and crops to JPEG and video files in between; here
-nothing is compressed. So the figures compare with one another, and only roughly with those in papers. The published pipeline also
-leaves out faces seen for less than 100 pictures: its figures are noisy below that.
+The published scripts take the box from the S3FD detector, which looks at a quarter of the picture's size. Who brings its weights
+gets the same here; without them it is the bounding box of the face mesh, which covers about the same (forehead to chin), and the
+figures compare with one another, but only roughly with those in papers. The scripts also write pictures and crops to JPEG and
+video files in between; here nothing is compressed. And they leave out faces seen for less than 100 pictures: figures are noisy
+below that.
 
-The weights, ``syncnet_v2.model``, are the user's to bring; PyTorch (the extra gpu) is needed.
+The weights, ``syncnet_v2.model`` and ``sfd_face.pth``, are the user's to bring; PyTorch (the extra gpu) is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -37,16 +38,14 @@ from rich.table import Table
 
 from beavervision.errors import InputError, ModelError
 from beavervision.evaluate.plots import Line, Panel
-from beavervision.media import F32, U8, FaceState
+from beavervision.media import F32, U8, Face, FaceState, Picture
+from beavervision.models.boxes import FaceBoxes, load_syncnet_boxes, nearest
 from beavervision.models.face import FaceNets
-from beavervision.models.store import load_checkpoint
+from beavervision.models.store import read_checkpoint
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 from beavervision.stages.decode import Decode, read_audio, resample
 from beavervision.stages.detect import Detect
 from beavervision.stages.hear import syncnet_mfcc
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RATE = Fraction(25)
 VSHIFT = 15
@@ -58,6 +57,7 @@ _SMOOTH = 13
 _BORDER = 110  # the grey beyond the picture's edge
 _BATCH = 8
 _BRIDGE = 25  # pictures without a face that a track may have in between
+_SAME_FACE = 0.2  # of what the mesh's box and the detector's cover, that they must share
 _LEAST = 25  # pictures that must be left for a figure
 _EPS = 1e-6  # that PyTorch's pairwise distance adds
 
@@ -77,6 +77,7 @@ class LseReport:
     start_s: float
     pictures: int
     distances: tuple[float, ...]  # by offset, from the lips late by `VSHIFT` to as early
+    boxes: Literal["mesh", "s3fd"] = "mesh"
 
     @property
     def offset_ms(self) -> float:
@@ -84,7 +85,7 @@ class LseReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self) | {"offset_ms": self.offset_ms, "protocol": "SyncNet, vshift 15; box from the face mesh"}
+        return asdict(self) | {"offset_ms": self.offset_ms, "protocol": f"SyncNet, vshift {VSHIFT}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +98,29 @@ class Sync:
     distances: tuple[float, ...]
 
 
-def lse(video: Path | str, checkpoint: Path | str, *, threads: int = 1, on_progress: Told | None = None) -> LseReport:
-    """The figures of `video` with the weights of `checkpoint` (``syncnet_v2.model``).
+def lse(
+    video: Path | str,
+    checkpoint: Path | str,
+    s3fd: Path | str | None = None,
+    *,
+    threads: int = 1,
+    on_progress: Told | None = None,
+) -> LseReport:
+    """The figures of `video` with the weights of `checkpoint` (``syncnet_v2.model``), and boxes by those of `s3fd`
+    (``sfd_face.pth``) or by the face mesh.
 
     Runs on the CPU. Embeddings and sound are held whole: about 1 GB for an hour.
 
     Raises:
-        ModelError: the checkpoint is none of SyncNet's, holds more than tensors, or PyTorch is not installed.
+        ModelError: a checkpoint is none of SyncNet's, or of its detector's, holds more than tensors, or PyTorch is not installed.
         MediaError, NoAudioError: the video cannot be read, or is mute.
         InputError: no face is seen for a second or more.
     """
     net = load(Path(checkpoint), threads=threads)
+    detector = None if s3fd is None else load_detector(Path(s3fd), threads=threads)
     blocks = resample(read_audio(video), _RATE_HZ, 1)
     pcm = np.concatenate([np.zeros(0, np.float32), *(block.pcm[0] for block in blocks)])
-    boxes, first = _boxes(video)
+    boxes, first = _boxes(video, detector)
     pcm16 = np.clip(np.rint(pcm * 32768), -32768, 32767).astype(np.int16)
     pcm16 = pcm16[first * _RATE_HZ // int(RATE) : (first + len(boxes)) * _RATE_HZ // int(RATE)]
     mfcc = syncnet_mfcc(pcm16) if len(pcm16) else np.zeros((0, 13), np.float32)
@@ -130,7 +140,15 @@ def lse(video: Path | str, checkpoint: Path | str, *, threads: int = 1, on_progr
             on_progress(at, windows)
     found = sync_of(np.concatenate(faces), np.concatenate(sounds))
     start_s = round(float(first / RATE), 3)
-    return LseReport(found.distance, found.confidence, found.offset, start_s, len(boxes), found.distances)
+    return LseReport(
+        found.distance,
+        found.confidence,
+        found.offset,
+        start_s,
+        len(boxes),
+        found.distances,
+        "mesh" if detector is None else "s3fd",
+    )
 
 
 def sync_of(faces: F32, sounds: F32, vshift: int = VSHIFT) -> Sync:
@@ -156,27 +174,17 @@ def load(path: Path, threads: int = 1) -> TorchNet:
         ModelError: see :func:`lse`.
     """
     try:
-        import torch
-
-        from beavervision.models.nets.blocks import loaded, shapes
+        from beavervision.models.nets.blocks import fitted, loaded
         from beavervision.models.nets.syncnet import SyncNet
     except ImportError as error:
         raise ModelError(f"{path.name} cannot be used. {INSTALL_TORCH}") from error
-    if not path.exists():
-        raise ModelError(f"{path} does not exist. Give the path of syncnet_v2.model.")
-    content = load_checkpoint(path)
-    found: dict[str, Tensor] = dict(content) if isinstance(content, dict) else {}
-    wanted = shapes(SyncNet)
-    for name, shape in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, torch.zeros((), dtype=torch.int64))
-        tensor = found.get(name)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
-            raise ModelError(f"{path.name} is no SyncNet: tensor {name} of shape {shape} is needed.")
-    if extra := sorted(set(found) - set(wanted)):
-        raise ModelError(f"{path.name} is no SyncNet: it has an unknown tensor {extra[0]}.")
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+    state = fitted(SyncNet, read_checkpoint(path), path.name, "SyncNet")
     return TorchNet(loaded(SyncNet, state), threads=threads, name="syncnet")
+
+
+def load_detector(path: Path, threads: int = 1) -> FaceBoxes:
+    """SyncNet's face detector with the weights of a checkpoint; raises as :func:`load`."""
+    return load_syncnet_boxes(read_checkpoint(path), path.name, threads=threads)
 
 
 def format_table(report: LseReport) -> RenderableType:
@@ -195,16 +203,16 @@ def panels(report: LseReport) -> list[Panel]:
     return [Panel("distance for each offset, lips late by ms", [Line("mean", late_ms, report.distances)], x_name="ms")]
 
 
-def _boxes(video: Path | str) -> tuple[F32, int]:
+def _boxes(video: Path | str, detector: FaceBoxes | None) -> tuple[F32, int]:
     """Middle x, y and half side of the face, (t, 3), over the longest time that one is seen; and its first picture."""
     runs: list[list[tuple[int, F32]]] = []
     last, last_shot, number = -_BRIDGE, -1, 0
     for clip in Detect(FaceNets(), look_ahead=0)(Decode(rate=RATE, extend="none")(video)):
         assert clip.track is not None
-        for face, state, shot in zip(clip.track.faces, clip.track.states, clip.track.shot, strict=True):
-            if face is not None and state is not FaceState.CUT:
-                low, high = face.points_px[:, :2].min(axis=0), face.points_px[:, :2].max(axis=0)
-                box = np.array([*(low + high) / 2, float((high - low).max()) / 2], np.float32)
+        track = clip.track
+        for picture, face, state, shot in zip(clip.frames.pictures, track.faces, track.states, track.shot, strict=True):
+            box = None if face is None or state is FaceState.CUT else _box(picture, face, detector)
+            if box is not None:
                 if shot != last_shot or number - last > _BRIDGE:
                     runs.append([])
                 runs[-1].append((number, box))
@@ -219,6 +227,17 @@ def _boxes(video: Path | str) -> tuple[F32, int]:
     half = _SMOOTH // 2  # zeros beyond the ends, as the published filter has it
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(full, ((half, half), (0, 0))), _SMOOTH, axis=0)
     return np.median(windows, axis=-1).astype(np.float32), int(numbers[0])
+
+
+def _box(picture: Picture, face: Face, detector: FaceBoxes | None) -> F32 | None:
+    """Middle x, y and half the longer side of the face, (3,); None where the detector does not see it."""
+    points_px = face.points_px[:, :2]
+    bounds = np.concatenate([points_px.min(axis=0), points_px.max(axis=0)])
+    found = bounds if detector is None else nearest(detector(picture.rgb()), bounds, _SAME_FACE)
+    if found is None:
+        return None
+    low, high = found[:2], found[2:]
+    return np.array([*(low + high) / 2, float((high - low).max()) / 2], np.float32)
 
 
 def _crops(video: Path | str, boxes: F32, first: int) -> Iterator[U8]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from beavervision.errors import ModelError
 
-Kind = Literal["lipsync", "face", "tts", "vad", "scorer", "restore"]
+Kind = Literal["lipsync", "face", "tts", "vad", "scorer", "restore", "boxes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,16 @@ WAV2LIP = ModelCard(
     non_commercial=True,
     source="https://github.com/Rudrabha/Wav2Lip",
     timing=Timing(hop_ms=12.5, left_context_ms=0, look_ahead_ms=200),
+)
+S3FD = ModelCard(
+    name="s3fd",
+    kind="boxes",
+    summary="S3FD, the face detector of the published Wav2Lip. Not bundled: `beavervision models add` imports a published "
+    "checkpoint.",
+    licence_code="Apache-2.0",
+    licence_weights="not stated by the publisher; trained on WIDER FACE, which is CC BY-NC-ND 4.0",
+    non_commercial=True,
+    source="https://github.com/1adrianb/face-alignment",
 )
 FACE_LANDMARKER = ModelCard(
     name="face-landmarker",
@@ -143,7 +153,7 @@ CODEFORMER = ModelCard(
     source="https://github.com/sczhou/CodeFormer",
 )
 
-CARDS = (BEAVER, WAV2LIP, FACE_LANDMARKER, HIBARI, SILERO_VAD, SYNC_SCORER, GFPGAN, RESTOREFORMER, CODEFORMER)
+CARDS = (BEAVER, WAV2LIP, S3FD, FACE_LANDMARKER, HIBARI, SILERO_VAD, SYNC_SCORER, GFPGAN, RESTOREFORMER, CODEFORMER)
 
 
 @cache

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from beavervision.errors import LicenceError, ModelError
 from beavervision.media import Net
-from beavervision.models.cards import CARDS, WAV2LIP, Kind, ModelCard
+from beavervision.models.boxes import FaceBoxes, is_s3fd, load_boxes
+from beavervision.models.cards import CARDS, S3FD, WAV2LIP, Kind, ModelCard
 from beavervision.models.restorers import INSTALL_RESTORE, RESTORERS, Restorer, restorer_card
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
@@ -34,7 +35,8 @@ _CARD = "card.json"
 _INSIDE = ("state_dict", "params_ema", "params")  # where publishers put the tensors
 _DAMAGED = "{} is no PyTorch checkpoint, or is damaged. Get it again."
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_KNOWN = {WAV2LIP.name: WAV2LIP, **RESTORERS}
+_KNOWN = {WAV2LIP.name: WAV2LIP, S3FD.name: S3FD, **RESTORERS}
+_USE = {"lipsync": "--model", "restore": "--restore", "boxes": "--boxes"}
 _TAKEN = {card.name for card in CARDS} - set(_KNOWN)
 
 
@@ -47,6 +49,11 @@ class StoredModel:
     imported: str  # date and time, ISO 8601, UTC
     checkpoint: str  # the file's name when it was imported
     hashes: dict[str, str]
+
+
+def use_of(card: ModelCard) -> str:
+    """The option of the command line that uses an imported model."""
+    return f"{_USE[card.kind]} {card.name}"
 
 
 class ModelStore:
@@ -116,8 +123,19 @@ class ModelStore:
         assert card is not None  # it was when it was imported, and the file is the same
         return Restorer(card, state, device=device, threads=threads)
 
+    def open_boxes(
+        self, name: str, *, allow_non_commercial: bool = False, device: str = "cpu", threads: int = 1
+    ) -> FaceBoxes:
+        """Wav2Lip's face detector, ready to run on PyTorch; raises as :meth:`open`."""
+        stored = self._allowed(name, "boxes", allow_non_commercial)
+        try:
+            from safetensors.torch import load
+        except ImportError as error:
+            raise ModelError(f"{name} cannot run. {INSTALL_TORCH}") from error
+        return load_boxes(load(self._checked(stored, _WEIGHTS)), device=device, threads=threads, name=name)
+
     def add(self, path: Path, name: str | None = None) -> StoredModel:
-        """Import a checkpoint as it was published, or plain tensors by name: of Wav2Lip or a face restorer.
+        """Import a checkpoint as it was published, or plain tensors by name: of Wav2Lip, its face detector or a face restorer.
 
         A pickle is read without running any code of it; safetensors are taken as well. `name` defaults to the file's.
 
@@ -132,9 +150,12 @@ class ModelStore:
                 f"There is a model {name!r} already. Give another --name, or `beavervision models remove {name}` first."
             )
         source_hash = _sha256(path)
-        state = _read_checkpoint(path)
-        card = restorer_card(state) or WAV2LIP
-        files = _restorer_files(state, card) if card.kind == "restore" else _wav2lip_files(state, path.name)
+        state = read_checkpoint(path)
+        card = S3FD if is_s3fd(state) else restorer_card(state) or WAV2LIP
+        if card.kind == "restore":
+            files = _restorer_files(state, card)
+        else:
+            files = _s3fd_files(state, path.name) if card is S3FD else _wav2lip_files(state, path.name)
         self._keep(files, folder, card, {"checkpoint": path.name, "sha256": source_hash})
         return self.get(name)
 
@@ -151,8 +172,7 @@ class ModelStore:
     def _allowed(self, name: str, kind: Kind, allow_non_commercial: bool) -> StoredModel:
         stored = self.get(name)
         if stored.card.kind != kind:
-            use = "--restore" if stored.card.kind == "restore" else "--model"
-            raise ModelError(f"{name!r} does something else: use it with {use} {name}.")
+            raise ModelError(f"{name!r} does something else: use it with {use_of(stored.card)}.")
         if stored.card.non_commercial and not allow_non_commercial:
             raise LicenceError(
                 f"The weights of {name!r} are not for commercial use: {stored.card.licence_weights} "
@@ -215,7 +235,7 @@ def _sha256(path: Path) -> str:
         raise ModelError(f"{path} cannot be read: {error.strerror}. Give the path of a checkpoint.") from error
 
 
-def load_checkpoint(path: Path) -> Any:
+def _load_checkpoint(path: Path) -> Any:
     """What a PyTorch checkpoint holds, read without running code of it.
 
     Raises:
@@ -237,8 +257,14 @@ def load_checkpoint(path: Path) -> Any:
         raise ModelError(_DAMAGED.format(path.name)) from error
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their published names."""
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their published names.
+
+    Raises:
+        ModelError: it holds anything else, is damaged or missing, or PyTorch is not installed.
+    """
+    if not path.exists():
+        raise ModelError(f"{path} does not exist. Give the path of a checkpoint.")
     try:
         import safetensors.torch
         import torch
@@ -250,11 +276,11 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(_DAMAGED.format(path.name)) from error
     else:
-        content = load_checkpoint(path)
+        content = _load_checkpoint(path)
     inside = (content[key] for key in _INSIDE if isinstance(content, dict) and isinstance(content.get(key), dict))
     content = next(inside, content)
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ModelError(f"{path.name} holds no tensors by name; a checkpoint of Wav2Lip or a face restorer is needed.")
+        raise ModelError(f"{path.name} holds no tensors by name; give the checkpoint of a network.")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -265,26 +291,25 @@ def _restorer_files(state: dict[str, Tensor], card: ModelCard) -> dict[str, byte
     return {_WEIGHTS: save({name: tensor.contiguous().clone() for name, tensor in state.items()})}
 
 
+def _s3fd_files(state: dict[str, Tensor], file: str) -> dict[str, bytes]:
+    from safetensors.torch import save
+
+    from beavervision.models.nets import s3fd
+    from beavervision.models.nets.blocks import fitted
+
+    return {_WEIGHTS: save(fitted(s3fd.S3FD, state, file, "S3FD face detector"))}
+
+
 def _wav2lip_files(found: dict[str, Tensor], file: str) -> dict[str, bytes]:
     """Its two forms: float32, all tensors of the generator and no other."""
     try:
         import onnx  # noqa: F401  (before any work: PyTorch's exporter needs it)
-        import torch
         from safetensors.torch import save
     except ImportError as error:
         raise ModelError(f"{file} cannot be imported. {INSTALL_TORCH}") from error
     from beavervision.models.nets import wav2lip
-    from beavervision.models.nets.blocks import loaded, onnx_bytes, shapes
+    from beavervision.models.nets.blocks import fitted, loaded, onnx_bytes
 
-    wanted = shapes(wav2lip.Wav2Lip)
-    for name, shape in wanted.items():
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, torch.zeros((), dtype=torch.int64))
-        if name not in found or tuple(found[name].shape) != shape:
-            have = f"has shape {tuple(found[name].shape)}" if name in found else "is missing"
-            raise ModelError(f"{file} is no Wav2Lip generator: tensor {name} {have}; {shape} is needed.")
-    if extra := sorted(set(found) - set(wanted)):
-        raise ModelError(f"{file} is no Wav2Lip generator: it has an unknown tensor {extra[0]}.")
-    state = {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
+    state = fitted(wav2lip.Wav2Lip, found, file, "Wav2Lip generator")
     model = onnx_bytes(loaded(wav2lip.Wav2Lip, state), wav2lip.INPUTS, wav2lip.OUTPUTS)
     return {_WEIGHTS: save(state), _ONNX: model}

@@ -38,6 +38,7 @@ class TorchNet:
         device: ``"cpu"`` or ``"cuda:N"``.
         threads: CPU threads, of the whole process (a limit of PyTorch); used on the CPU only.
         batch_sizes: the batches to make CUDA graphs for.
+        half: False keeps single precision on CUDA too, for networks whose values half precision cannot hold.
         name: what to call it in errors.
 
     Raises:
@@ -52,6 +53,7 @@ class TorchNet:
         device: str = "cpu",
         threads: int = 1,
         batch_sizes: Iterable[int] = (1, 2, 4, 8, 16),
+        half: bool = True,
         name: str = "model",
     ) -> None:
         self.name = name
@@ -67,7 +69,8 @@ class TorchNet:
             self._cuda = self._device.type == "cuda"
             if not self._cuda:
                 torch.set_num_threads(threads)
-            self._module = module.eval().to(self._device, torch.float16 if self._cuda else torch.float32)
+            self._half = half and self._cuda
+            self._module = module.eval().to(self._device, torch.float16 if self._half else torch.float32)
         except (RuntimeError, AssertionError) as error:
             raise DeviceError(f"{name} cannot be put on {device}: {error}. Choose another device.") from error
         self._batch_sizes = tuple(sorted(batch_sizes)) if self._cuda else ()
@@ -94,7 +97,7 @@ class TorchNet:
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         tensor = self._torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-        return tensor.half() if self._cuda and tensor.is_floating_point() else tensor
+        return tensor.half() if self._half and tensor.is_floating_point() else tensor
 
     def _array(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()

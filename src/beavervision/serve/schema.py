@@ -78,6 +78,15 @@ class LipsyncSettings(VoiceSettings):
     )
     restore: Name | None = Field(None, description="A face restorer (kind `restore`), as /api/v1/models lists them.")
     restore_area: Literal["mouth", "face"] = Field("mouth", description="Where the restorer's detail shows.")
+    boxes: Name | None = Field(
+        None,
+        description="For a Wav2Lip model: the face detector (kind `boxes`) whose boxes it draws in, as published. By default "
+        "they are the face mesh's.",
+    )
+    whole_box: bool = Field(
+        False,
+        description="For a Wav2Lip model: paste the whole box with hard edges, as published, instead of the lower face.",
+    )
 
 
 class AvatarSettings(Strict):

@@ -58,7 +58,7 @@ from beavervision.speech import Phone, Speaker, SpeechChunk, write_wav
 
 _EXAMINED_AT_ONCE = 2
 _SPEECH_WAIT_S = 10.0
-_KINDS = {"lipsync": "model", "restore": "face restorer"}
+_KINDS = {"lipsync": "model", "restore": "face restorer", "boxes": "face detector"}
 _FREE_BYTES = 256 << 20  # of disk, beyond the largest upload
 _RETRY_S = (1, 600)  # the least and the most that a client is told to wait
 _RETRY_UNKNOWN_S = 10
@@ -232,6 +232,14 @@ class Service:
             self._check_model(settings.model)
         if settings.restore is not None:
             self._check_model(settings.restore, "restore")
+        if settings.boxes is not None:
+            self._check_model(settings.boxes, "boxes")
+        if (settings.boxes or settings.whole_box) and (settings.model or self.settings.model) == BEAVER.name:
+            raise Problem(
+                422,
+                "usage",
+                f"boxes and whole_box are for Wav2Lip models; {BEAVER.name} draws without. Leave them out.",
+            )
         hook = upload.fields.get("webhook")
         if hook is not None:
             Target.of(hook, self._webhook_hosts())

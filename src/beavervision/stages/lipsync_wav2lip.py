@@ -1,12 +1,13 @@
 """Lip sync by the Wav2Lip generator (Prajwal et al., ACM MM 2020), cropped and fed as its published inference does.
 
-The published face boxes come from the S3FD detector: upright boxes from the hairline to the chin, from ear to ear. Here
-they are the bounds of the mesh's face oval, whose top lies at the hairline and whose bottom is the chin.
+The published face boxes come from the S3FD detector: upright boxes from the hairline to the chin, from ear to ear. Who imported
+that detector's weights gets the same here; else the boxes are the bounds of the mesh's face oval, whose top lies at the hairline
+and whose bottom is the chin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
@@ -17,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from beavervision.errors import ModelError
-from beavervision.media import F32, U8, Clip, Color, FaceState, Heard, Net, Patch, Picture, Region
+from beavervision.media import F32, U8, Clip, Color, Face, FaceState, Heard, Net, Patch, Picture, Region
+from beavervision.models.boxes import nearest
 from beavervision.models.cards import WAV2LIP
 from beavervision.models.mesh import FACE_OVAL, JAW
 
@@ -27,10 +29,13 @@ _BINS = 80
 _SMOOTHED = 5  # pictures
 _MIN_BOX_PX = 16
 _FEATHER = 0.05  # of the box's width
+_SAME_FACE = 0.2  # of what the mesh's box and the detector's cover, that they must share
+_KEPT_BOXES = 3000  # of a source that is played back and forth
 # The part that is pasted: the jaw below the ears, closed over the cheeks below the nose.
 _LOWER_FACE = np.concatenate([JAW[2:-2], [205, 2, 425]])
 
-Box = npt.NDArray[np.float64]  # x0, y0, x1, y1 in pixels
+Box = npt.NDArray[np.int_]  # x0, y0, x1, y1 in pixels
+Boxes = Callable[[U8], F32]  # the faces (n, 5) in an RGB picture: x0, y0, x1, y1 and how surely a face
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Wav2LipSync:
         net: takes mel (n, 1, 80, 16) and face (n, 6, 96, 96), gives faces (n, 3, 96, 96).
         batch: faces in one call of the net.
         pads: pixels added to a box: above, below, left, right.
+        boxes: the face detector; where it does not see the face, and without one, the box is the mesh's.
         whole_box: paste the whole box with hard edges, as published, instead of the lower face with soft ones.
     """
 
@@ -59,11 +65,20 @@ class Wav2LipSync:
     timing = WAV2LIP.timing
 
     def __init__(
-        self, net: Net, batch: int = 8, pads: tuple[int, int, int, int] = (0, 10, 0, 0), *, whole_box: bool = False
+        self,
+        net: Net,
+        batch: int = 8,
+        pads: tuple[int, int, int, int] = (0, 10, 0, 0),
+        *,
+        boxes: Boxes | None = None,
+        whole_box: bool = False,
     ) -> None:
         self._net = net
         self._batch = batch
         self._pads = pads
+        self._boxes = boxes
+        self._kept: dict[int, F32] = {}  # what the detector saw, by the picture's number in the source
+        self._last: tuple[Picture, F32] | None = None  # and in the last picture: a still is one all the way
         self._whole_box = whole_box
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
@@ -90,25 +105,43 @@ class Wav2LipSync:
         if clip.track is None or clip.heard is None:
             raise ValueError("wav2lip needs clips that went through detect and hear")
         track, pads = clip.track, np.array(self._pads)
+        shown = clip.frames.shown or (None,) * len(clip)
         found: list[_Seen] = []
-        for picture, face, state, strength, shot in zip(
-            clip.frames.pictures, track.faces, track.states, track.strength, track.shot, strict=True
+        for picture, number, face, state, strength, shot in zip(
+            clip.frames.pictures, shown, track.faces, track.states, track.strength, track.shot, strict=True
         ):
             box = None
             if face is not None and state is FaceState.OK and strength > 0:
-                oval = face.points_px[FACE_OVAL, :2]
-                low, high = oval.min(axis=0) - pads[[2, 0]], oval.max(axis=0) + pads[[3, 1]]
+                low, high = np.maximum(self._face_box(picture, number, face), 0).astype(int).reshape(2, 2)
                 size = (picture.width_px, picture.height_px)
-                box = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)]).astype(np.float64)
+                box = np.concatenate([np.clip(low - pads[[2, 0]], 0, size), np.clip(high + pads[[3, 1]], 0, size)])
                 if (box[2:] - box[:2]).min() < _MIN_BOX_PX:
                     box = None
             found.append(_Seen(box, shot))
         return found
 
+    def _face_box(self, picture: Picture, number: int | None, face: Face) -> F32:
+        """(4,) as the detector sees the face, or as the mesh bounds it."""
+        oval = face.points_px[FACE_OVAL, :2]
+        box = cast(F32, np.concatenate([oval.min(axis=0), oval.max(axis=0)]))
+        if self._boxes is None:
+            return box
+        if number is not None and number in self._kept:
+            seen = self._kept[number]
+        elif self._last is not None and self._last[0] is picture:
+            seen = self._last[1]
+        else:
+            seen = self._boxes(picture.rgb())
+            self._last = picture, seen
+            if number is not None and len(self._kept) < _KEPT_BOXES:
+                self._kept[number] = seen
+        found = nearest(seen, box, _SAME_FACE)
+        return box if found is None else found
+
     def _drawn(self, clip: Clip, boxes: list[Box | None]) -> Clip:
         assert clip.track is not None
         assert clip.heard is not None
-        work = [(i, box.astype(int)) for i, box in enumerate(boxes) if box is not None]
+        work = [(i, box) for i, box in enumerate(boxes) if box is not None]
         patches: list[tuple[Patch, ...]] = [()] * len(clip)
         for at in range(0, len(work), self._batch):
             part = work[at : at + self._batch]
@@ -129,7 +162,11 @@ class Wav2LipSync:
 
 
 def _smoothed(seen: list[_Seen], at: int) -> Box | None:
-    """The mean box of the five pictures from `at` on, or of the last five of its stretch of one face in one shot."""
+    """The mean box of the five pictures from `at` on.
+
+    Within the last five of its stretch of one face in one shot it is the mean of these, each that comes before it in the place
+    of its own box: the published code smooths in place.
+    """
     if seen[at].box is None:
         return None
 
@@ -142,7 +179,10 @@ def _smoothed(seen: list[_Seen], at: int) -> Box | None:
     start = at
     while stop - start < _SMOOTHED and same(start - 1):
         start -= 1
-    return cast(Box, np.mean([s.box for s in seen[start:stop] if s.box is not None], axis=0))
+    last = np.stack([s.box for s in seen[start:stop] if s.box is not None])
+    for i in range(at - start + 1):
+        last[i] = last.mean(axis=0)
+    return cast(Box, last[at - start])
 
 
 def _mel_window(heard: Heard, picture: int, rate: Fraction) -> F32:

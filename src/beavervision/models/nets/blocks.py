@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from beavervision.errors import ModelError
+
 OPSET = 17
 
 
@@ -52,6 +54,27 @@ def shapes(kind: type[nn.Module]) -> dict[str, tuple[int, ...]]:
     """The name and shape of each tensor of a network, without allocating one."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in kind().state_dict().items()}
+
+
+def fitted(kind: type[nn.Module], found: Mapping[str, Tensor], file: str, what: str) -> dict[str, Tensor]:
+    """The tensors `found` in `file`, in single precision, if they are those of `kind`: all of them, and no other.
+
+    Old checkpoints do not count the batches that a batch norm has seen; the counts are added, as nothing needs them.
+
+    Raises:
+        ModelError: `file` is no `what`.
+    """
+    found = dict(found)
+    wanted = shapes(kind)
+    for name, shape in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            found.setdefault(name, torch.zeros((), dtype=torch.int64))
+        if name not in found or tuple(found[name].shape) != shape:
+            have = f"has shape {tuple(found[name].shape)}" if name in found else "is missing"
+            raise ModelError(f"{file} is no {what}: tensor {name} {have}; {shape} is needed.")
+    if extra := sorted(set(found) - set(wanted)):
+        raise ModelError(f"{file} is no {what}: it has an unknown tensor {extra[0]}.")
+    return {name: (t.float() if t.is_floating_point() else t).contiguous().clone() for name, t in found.items()}
 
 
 def loaded(kind: type[nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
