@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from beavervision.errors import UsageError
-from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Picture
+from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Frames, Picture
+from beavervision.models.between import Between, load_between, views
 from beavervision.models.face import Crop, Detection, FaceNets, blendshape_names
 from beavervision.models.mesh import INNER_LIP, OUTER_CORNERS, canonical, fit_pose
 from beavervision.stages import detect
@@ -110,6 +111,9 @@ class _Counting:
             found.points_px[INNER_LIP] += np.float32(self._lips_px.get(id(picture), 0.0))
         return found
 
+    def blendshapes(self, points_px: F32) -> F32:
+        return nets().blendshapes(points_px)
+
 
 def spared(
     pictures: list[Picture], block: int = 8, lips_px: list[float] | None = None
@@ -198,6 +202,92 @@ def test_a_still_picture_shown_again_and_again_is_looked_at_once() -> None:
     assert all(face is faces[-1] for face in faces[-2:])
     alone, _ = spared([still] * 9)
     assert len({id(face) for t in alone for face in t.faces}) == 1
+
+
+class _Tells:
+    """In place of the network between two pictures: all points lie `off_px` below the line, and so sure it is of that."""
+
+    def __init__(self, lips_px: float, all_px: float = 0.1, off_px: float = 5.0) -> None:
+        self.unsure = lips_px, all_px
+        self.off_px = np.array([0, off_px, 0], np.float32)
+        self.asked: list[Picture] = []
+
+    def __call__(
+        self, one: tuple[Picture, Face], picture: Picture, other: tuple[Picture, Face], before_px: F32
+    ) -> tuple[F32, float, float]:
+        self.asked.append(picture)
+        assert before_px.shape == (478, 3)
+        return (one[1].points_px + other[1].points_px) / 2 + self.off_px, *self.unsure
+
+
+def swaying(count: int) -> list[Picture]:
+    """So unevenly that nothing is spared without the network."""
+    return [moved(dx=4 * np.sin(1.1 * i)) for i in range(count)]
+
+
+def told(pictures: list[Picture], tells: _Tells) -> tuple[list[Face | None], list[bool]]:
+    """The unsmoothed faces of `pictures`, and which of these the mesh did not look at."""
+    counting = _Counting(pictures, None)
+    stage = Detect(cast(FaceNets, counting), look_ahead=0, sparing=True, between=cast(Between, tells))
+    out = list(stage(clips(pictures, 8)))
+    faces = [face for c in out if c.track is not None for face in c.track.faces]
+    return faces, [all(picture is not asked for asked in counting.asked) for picture in pictures]
+
+
+def test_every_other_picture_of_an_uneven_face_is_told_by_the_network_while_it_is_sure() -> None:
+    pictures = swaying(17)
+    faces, left_out = told(pictures, tells := _Tells(0.4))
+    spared_ones = [3, 5, 7, 9, 11, 13, 15]
+    assert [i for i, left in enumerate(left_out) if left] == spared_ones
+    assert [id(p) for p in tells.asked] == [id(pictures[i]) for i in spared_ones]
+    for i in spared_ones:
+        one, face, other = faces[i - 1 : i + 2]
+        assert one is not None and face is not None and other is not None
+        np.testing.assert_allclose(face.points_px, (one.points_px + other.points_px) / 2 + tells.off_px, atol=1e-3)
+        assert face.shapes is not None
+        np.testing.assert_array_equal(face.shapes, nets().blendshapes(face.points_px))
+
+
+@pytest.mark.parametrize("unsure", [(0.8, 0.1), (0.1, 0.8)])
+def test_where_the_network_is_not_sure_the_mesh_looks(unsure: tuple[float, float]) -> None:
+    pictures = swaying(17)
+    _, left_out = told(pictures, tells := _Tells(*unsure))
+    assert tells.asked
+    assert not any(left_out)
+
+
+def test_the_network_sees_where_a_face_went_in_between() -> None:
+    """The face goes on by unequal steps; the network tells most of what the middle of its neighbours misses."""
+    between, missed, off = load_between(), [], []
+    path = [5 * np.sin(0.9 * i) for i in range(20)]
+    pictures = [moved(dx=dx, dy=dx / 2) for dx in path]
+    faces = [face for t in track(pictures, look_ahead=0) for face in t.faces]
+    for i in range(3, 19):
+        before, one, true, other = (faces[k] for k in (i - 3, i - 1, i, i + 1))
+        assert before is not None and one is not None and true is not None and other is not None
+        points, lips_px, all_px = between(
+            (pictures[i - 1], one), pictures[i], (pictures[i + 1], other), before.points_px
+        )
+        assert 0 < lips_px < 20 and 0 < all_px < 20
+        line = (one.points_px + other.points_px) / 2
+        missed.append(np.linalg.norm((line - true.points_px)[:, :2], axis=1).mean())
+        off.append(np.linalg.norm((points - true.points_px)[:, :2], axis=1).mean())
+    assert np.mean(missed) > 1
+    assert np.mean(off) < 0.6 * np.mean(missed)
+
+
+def test_what_the_network_sees_moves_with_the_face() -> None:
+    here, there = portrait(), moved(dx=14, dy=-6)
+    (one,) = track([here])[0].faces
+    assert one is not None
+    seen = views(here.y, one.points_px)
+    moved_on = views(there.y, one.points_px + np.array([14, -6, 0], np.float32))
+    assert [view.shape for view in seen] == [(60, 72), (56, 56)]
+    for view, other_view in zip(seen, moved_on, strict=True):
+        assert np.abs(view - other_view)[4:-4, 4:-4].mean() < 3
+        assert view.std() > 10
+    beyond = one.points_px - np.array([400, 300, 0], np.float32)  # outside of the picture
+    assert all(np.isfinite(view).all() for view in views(here.y, beyond))
 
 
 SHOWN = [*range(20), *range(18, 0, -1), *range(20), *range(18, 12, -1)]

@@ -21,7 +21,7 @@ from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, Motio
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import SOUND_RMS
-from training import clips, export, lessons, motion, painter, recordings, sync, voices
+from training import between, clips, export, lessons, motion, painter, recordings, sync, voices
 from training.machine import CPU, Machine, machine_of
 
 pytestmark = pytest.mark.torch
@@ -227,6 +227,51 @@ def test_recordings_of_one_voice_are_heard_one_after_the_other(tmp_path: Path) -
     assert [len(one) for one in again] == [len(one) for one in (*french, *greek)]
     assert np.abs(again[0] - french[0]).max() < 1e-4
     assert recordings.load(tmp_path / "none.npz") == []
+
+
+def made_triples(count: int, seed: int = 0) -> between.Triples:
+    """Lips that were left behind the line as far as the middle picture's mouth is brighter than its neighbours'."""
+    rng = np.random.default_rng(seed)
+    bright = rng.uniform(-1, 1, count).astype(np.float32)
+    mouth = np.full((count, 3, 60, 72), 100.0) + rng.normal(0, 4, (count, 3, 60, 72))
+    mouth[:, 1, 20:40, 20:50] += 40 * bright[:, None, None]
+    off = np.zeros((count, 478, 3), np.float32)
+    off[:, [*mesh.INNER_LIP, *mesh.OUTER_LIP], 1] = 4 * bright[:, None]
+    off += rng.normal(0, 0.05, off.shape)
+    steps = rng.normal(0, 1, (count, 2, 478, 3))
+    face = rng.integers(90, 110, (count, 3, 56, 56))
+    return between.Triples(
+        np.clip(mouth, 0, 255).astype(np.uint8), face.astype(np.uint8), steps.astype(np.float16),
+        off.astype(np.float16), np.arange(count, dtype=np.int32) // 10,
+    )  # fmt: skip
+
+
+def test_the_network_between_pictures_learns_what_the_line_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(between, "_BATCH", 32)
+    net = between.train(made_triples(300), 150)
+    figures = between.measure(net, made_triples(80, seed=1))
+    assert figures.pictures == 80
+    assert figures.line_lips[0] > 1.5
+    assert figures.lips[0] < 0.5 * figures.line_lips[0]
+    torch.save(net.state_dict(), tmp_path / "between.pt")
+    loaded = between.load_net(tmp_path / "between.pt")
+    assert between.measure(loaded, made_triples(80, seed=1)) == figures
+    assert export.export_between(loaded, tmp_path / "face_between.onnx") < export.TOLERANCE
+
+
+def test_variation_keeps_what_is_seen_and_what_is_told_together() -> None:
+    """Whatever was mirrored or turned back: the lips lie below the line where the middle picture is bright."""
+    torch.manual_seed(3)
+    parts = between.example(made_triples(64), np.arange(64))
+    mouth, _, steps, off = between.varied(*parts)
+    brighter = (mouth[:, 1] - mouth[:, [0, 2]].mean(dim=1))[:, 25:35, 25:45].mean(dim=(1, 2))
+    below = off[:, mesh.OUTER_LIP, 1].mean(dim=1)
+    assert np.corrcoef(brighter, below)[0, 1] > 0.95
+    forgotten = (steps[:, 1] == 0).flatten(1).all(dim=1)
+    assert 0.4 < float(forgotten.float().mean()) < 0.75
+    assert not torch.equal(steps[:, 0], parts[2][:, 0])
 
 
 def test_augmented_rows_stay_log_mel() -> None:

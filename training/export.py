@@ -3,8 +3,8 @@
     python -m training.export --weights work/weights
 
 Writes ``beaver_motion`` and ``beaver_painter``, each for ONNX Runtime (``.onnx``) and PyTorch (``.safetensors``),
-``beaver_basis.npz`` and ``sync_scorer.onnx`` into the package's data and their hashes into ``SHA256.json`` and the model
-card, after a check that ONNX Runtime gives what PyTorch gives.
+``beaver_basis.npz``, ``sync_scorer.onnx`` and ``face_between.onnx`` into the package's data and their hashes into
+``SHA256.json`` and the model card, after a check that ONNX Runtime gives what PyTorch gives.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from beavervision.media import F32
+from beavervision.media import POINTS
+from beavervision.models import between
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE
+from beavervision.models.cards import FACE_BETWEEN
 from beavervision.models.nets.beaver import MEL_BINS, MotionPair, PainterNet
+from beavervision.models.nets.between import BetweenNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import ROWS, STEPS
+from training.between import load_net as load_between_net
 from training.motion import Readout, load_net, read_basis
 from training.sync import load_scorer
 
@@ -42,7 +46,7 @@ _STEPS = 25
 def export_motion(net: MotionPair, path: Path) -> float:
     """Input ``rows`` (1, 2 n + extra_rows, 64), output ``motion`` (1, n, k); the largest difference to PyTorch."""
     rows = torch.randn(1, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    _export(net, (rows,), path, ["rows"], "motion", {"rows": {1: "t"}, "motion": {1: "n"}})
+    _export(net, (rows,), path, ["rows"], ["motion"], {"rows": {1: "t"}, "motion": {1: "n"}})
     longer = torch.randn(1, 6 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
     return max(_difference(net, (x,), path) for x in (rows, longer))
 
@@ -51,7 +55,7 @@ def export_painter(net: PainterNet, path: Path) -> float:
     """Input ``crops`` (n, channels, h, 96), output ``painted`` (n, 3, h, 96); the largest difference to PyTorch."""
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     crops = torch.rand(2, first.in_channels, PAINT_SIZE[1], PAINT_SIZE[0])
-    _export(net, (crops,), path, ["crops"], "painted", {"crops": {0: "n", 2: "h"}, "painted": {0: "n", 2: "h"}})
+    _export(net, (crops,), path, ["crops"], ["painted"], {"crops": {0: "n", 2: "h"}, "painted": {0: "n", 2: "h"}})
     return max(_difference(net, (x,), path) for x in (crops, crops[:1], crops[..., : PAINT_SIZE[1] // 2, :]))
 
 
@@ -62,7 +66,16 @@ def export_sync(net: SyncScorer, path: Path) -> float:
     coefficients = first.in_channels // 2
     example = (torch.randn(2, ROWS, MEL_BINS) * 3 - 5, torch.randn(2, STEPS, coefficients))
     axes = {name: {0: "n"} for name in ("rows", "lips", "scores")}
-    _export(net, example, path, ["rows", "lips"], "scores", axes)
+    _export(net, example, path, ["rows", "lips"], ["scores"], axes)
+    return max(_difference(net, tuple(x[:n] for x in example), path) for n in (1, 2))
+
+
+def export_between(net: BetweenNet, path: Path) -> float:
+    """Inputs ``mouth`` and ``face`` (n, 3, h, w), ``steps`` (n, 2, 478, 3), outputs ``off`` (n, 478, 3) and ``unsure`` (n, 2)."""
+    sizes = (between.MOUTH_SIZE[::-1], between.FACE_SIZE[::-1])
+    example = (*(255 * torch.rand(2, 3, *size) for size in sizes), torch.randn(2, 2, POINTS, 3))
+    names = ("mouth", "face", "steps", "off", "unsure")
+    _export(net, example, path, [*names[:3]], [*names[3:]], {name: {0: "n"} for name in names})
     return max(_difference(net, tuple(x[:n] for x in example), path) for n in (1, 2))
 
 
@@ -73,7 +86,12 @@ def load_painter(path: Path) -> PainterNet:
 
 
 def _export(
-    net: nn.Module, example: tuple[Tensor, ...], path: Path, given: list[str], got: str, axes: dict[str, dict[int, str]]
+    net: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    given: list[str],
+    got: list[str],
+    axes: dict[str, dict[int, str]],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     net.eval()
@@ -81,7 +99,7 @@ def _export(
         warnings.simplefilter("ignore", DeprecationWarning)
         # The tracing exporter folds batch normalisation into the convolutions.
         torch.onnx.export(
-            net, example, str(path), input_names=given, output_names=[got], dynamic_axes=axes,
+            net, example, str(path), input_names=given, output_names=got, dynamic_axes=axes,
             opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     onnx.checker.check_model(str(path), full_check=True)
@@ -89,9 +107,11 @@ def _export(
 
 def _difference(net: nn.Module, example: tuple[Tensor, ...], path: Path) -> float:
     with torch.no_grad():
-        wanted: F32 = net(*example).numpy()
-    (found,) = OnnxNet(path.read_bytes(), name=path.name)(*(x.numpy() for x in example))
-    difference = float(np.abs(found.astype(np.float32) - wanted).max())
+        told = net(*example)
+    wanted = told if isinstance(told, tuple) else (told,)
+    found = OnnxNet(path.read_bytes(), name=path.name)(*(x.numpy() for x in example))
+    pairs = zip(found, wanted, strict=True)
+    difference = max(float(np.abs(one.astype(np.float32) - other.numpy()).max()) for one, other in pairs)
     if not difference < TOLERANCE:
         raise SystemExit(f"{path.name} differs from PyTorch by {difference:.2g}, more than {TOLERANCE}.")
     return difference
@@ -118,7 +138,7 @@ def main() -> None:
         "--motion", type=Path, action="append", help="instead of WEIGHTS/motion.pt and motion2.pt; twice"
     )
     parser.add_argument("--painter", type=Path, help="instead of WEIGHTS/painter.pt")
-    parser.add_argument("--only", choices=["motion", "painter", "sync"], help="export this one alone")
+    parser.add_argument("--only", choices=["motion", "painter", "sync", "between"], help="export this one alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -150,6 +170,11 @@ def main() -> None:
         difference = export_sync(load_scorer(args.weights / "sync.pt"), args.out / "sync_scorer.onnx")
         written.append("sync_scorer.onnx")
         print(f"sync scorer: differs by {difference:.1g}")
+    if args.only in (None, "between"):
+        (file,) = FACE_BETWEEN.files
+        difference = export_between(load_between_net(args.weights / "between.pt"), args.out / file)
+        written.append(file)
+        print(f"between: differs by {difference:.1g}")
     record(args.out, written, CARD if args.out == DATA else None)
     for name in written:
         print(f"{name}: {(args.out / name).stat().st_size / 1e6:.2f} MB")

@@ -32,6 +32,7 @@ from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Pictur
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
 from beavervision.models.beaver import load as load_beaver
+from beavervision.models.between import load_between
 from beavervision.models.boxes import FaceBoxes
 from beavervision.models.cards import BEAVER, SILERO_VAD, ModelCard, Timing, data_hashes, load_data
 from beavervision.models.expression import load_basis
@@ -243,7 +244,7 @@ class Pipeline:
         else:
             nets = FaceNets()
             seen = self._survey(info, nets, choice) if look is None else look.survey
-            detect = Detect(nets, seen.choice, shapes=expresses, sparing=True)
+            detect = Detect(nets, seen.choice, shapes=expresses, sparing=True, between=load_between())
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None

@@ -93,6 +93,16 @@ FACE_LANDMARKER = ModelCard(
     sha256="64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
     files=("face_landmarker.task", "blendshape_names.json"),
 )
+FACE_BETWEEN = ModelCard(
+    name="face-between",
+    kind="face",
+    summary="Where a face's points are in a picture between two in which the mesh found them.",
+    licence_code="Apache-2.0",
+    licence_weights="Apache-2.0",
+    non_commercial=False,
+    source="this project; the recipe is in training/",
+    files=("face_between.onnx",),
+)
 HIBARI = ModelCard(
     name="hibari",
     kind="tts",
@@ -153,7 +163,19 @@ CODEFORMER = ModelCard(
     source="https://github.com/sczhou/CodeFormer",
 )
 
-CARDS = (BEAVER, WAV2LIP, S3FD, FACE_LANDMARKER, HIBARI, SILERO_VAD, SYNC_SCORER, GFPGAN, RESTOREFORMER, CODEFORMER)
+CARDS = (
+    BEAVER,
+    WAV2LIP,
+    S3FD,
+    FACE_LANDMARKER,
+    FACE_BETWEEN,
+    HIBARI,
+    SILERO_VAD,
+    SYNC_SCORER,
+    GFPGAN,
+    RESTOREFORMER,
+    CODEFORMER,
+)
 
 
 @cache

@@ -20,7 +20,7 @@ from beavervision.media import BLENDSHAPES, F32, POINTS, Face, Picture
 from beavervision.models.cards import load_data
 
 _DETECT_PX = 128
-_MESH_PX = 256
+MESH_PX = 256
 _MIN_SCORE = 0.5
 _MESH_SCALE = 1.5  # the mesh's crop against the face's box
 # The points that the blendshape net reads, in its order (MediaPipe's face_blendshapes_graph).
@@ -167,13 +167,13 @@ class FaceNets:
 
     def mesh(self, picture: Picture, crop: Crop) -> tuple[F32, float]:
         """The points (478, 3) in pixels of the face in `crop`, and the probability that there is one."""
-        matrix = crop.matrix(_MESH_PX)
-        image = np.multiply(picture.warped_rgb(matrix, _MESH_PX), np.float32(1 / 255))
+        matrix = crop.matrix(MESH_PX)
+        image = np.multiply(picture.warped_rgb(matrix, MESH_PX), np.float32(1 / 255))
         points, presence, _ = self._mesh(image[None])
         points = points.reshape(POINTS, 3)
         inverse = cv2.invertAffineTransform(matrix)
         xy = points[:, :2] @ inverse[:, :2].T + inverse[:, 2]
-        z = points[:, 2:] * (crop.side_px / _MESH_PX)
+        z = points[:, 2:] * (crop.side_px / MESH_PX)
         return np.hstack([xy, z]).astype(np.float32), float(1 / (1 + np.exp(-presence.ravel()[0])))
 
     def blendshapes(self, points_px: F32) -> F32:

@@ -3,12 +3,14 @@
 Tracking re-crops the mesh from its own last points and looks for the face anew only when it is lost or the shot changes.
 Points are smoothed over five pictures by a symmetric polynomial fit, which takes out jitter without lag, at
 the price of a short look-ahead; the same look-ahead lets the drawing fade out before the face goes. Where the face goes on
-evenly, which most do that wait, listen or are a portrait, one picture in two or in four is looked at; a picture that is shown
-again, as a source that is shorter than the speech is played back and forth, is not.
+evenly, which most do that wait, listen or are a portrait, the mesh looks at one picture in two or in four; of a face that speaks
+at one in two, as long as a smaller network is sure of what is between them. A picture that is shown again, as a source that is
+shorter than the speech is played back and forth, is not looked at.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +21,7 @@ import numpy as np
 
 from beavervision.errors import UsageError
 from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Picture, Reference, Region
+from beavervision.models.between import Between
 from beavervision.models.cover import Appearance, colours
 from beavervision.models.face import Crop, FaceNets
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP, fit_pose, opening
@@ -35,6 +38,9 @@ _CUT_RATIO = 4.0
 # sides, and where no part of the face looks other than the mean of theirs by as much, in levels of luma.
 _UNEVEN = 0.001
 _UNLIKE = 6.0
+# Of a picture between its neighbours it is enough if the smaller network expects lips and face to be off by less, in pixels of the
+# mesh's crop.
+_SURE_LIPS_PX, _SURE_PX = 0.7, 0.7
 _NEAR, _FAR = 2, 4  # from one picture that is looked at to the next; the farther where the nearer was good enough
 _LIPS = np.concatenate([INNER_LIP, OUTER_LIP])
 _PARTS = 32  # of the face's height and width that are compared,
@@ -199,7 +205,8 @@ class _Seen:
 class Detect:
     """The detect stage. `look_ahead` pictures of delay; 0 turns smoothing and early fading off. Without `tiles` small faces are
     not searched for, which would hold up a live picture; without `shapes` faces that are followed come without blendshapes.
-    With `sparing` a picture may get what lies between the faces found before and after it, which needs up to three more of delay.
+    With `sparing` a picture may get what lies between the faces found before and after it, which needs up to three more of delay;
+    with `between` more of them do.
     """
 
     name = "detect"
@@ -213,8 +220,10 @@ class Detect:
         tiles: bool = True,
         shapes: bool = True,
         sparing: bool = False,
+        between: Between | None = None,
     ) -> None:
         self._nets = nets
+        self._between = between
         self._choice = choice or FaceChoice()
         self._look_ahead = look_ahead
         self._tiles = tiles
@@ -222,7 +231,7 @@ class Detect:
         self._sparing = sparing
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        tracker = _Tracker(self._nets, self._choice, self._tiles, self._shapes, self._sparing)
+        tracker = _Tracker(self._nets, self._choice, self._tiles, self._shapes, self._sparing, self._between)
         waiting: deque[Clip] = deque()
         seen: deque[_Seen] = deque()  # of the pictures of `waiting`, and before them up to `look_ahead` already let go
         passed = 0  # how many of `seen` were let go
@@ -311,11 +320,28 @@ class _Told:
         return replace(clip, track=FaceTrack(faces, states, np.array(strength, np.float32), shot))
 
 
+class _How(enum.Enum):
+    """How the face of a picture that waited was found."""
+
+    LINE = enum.auto()  # between its neighbours
+    TOLD = enum.auto()  # by the smaller network
+    LOOKED = enum.auto()  # by the mesh
+
+
 class _Tracker:
     """Follows one face from picture to picture; the state of one stream."""
 
-    def __init__(self, nets: FaceNets, choice: FaceChoice, tiles: bool, shapes: bool, sparing: bool) -> None:
+    def __init__(
+        self,
+        nets: FaceNets,
+        choice: FaceChoice,
+        tiles: bool,
+        shapes: bool,
+        sparing: bool,
+        between: Between | None,
+    ) -> None:
         self._nets = nets
+        self._tween = between
         self._choice = choice
         self._tiles = tiles
         self._shapes = shapes
@@ -391,18 +417,18 @@ class _Tracker:
         if between is None:
             return None
         self._crop = Crop.of_points(face.points_px)
-        spared = all(sure for _, sure in between)
-        self._span = _FAR if spared else _NEAR
-        state = self._judge(picture, face) if spared else None
-        out = []
+        self._span = _FAR if all(how is _How.LINE for _, how in between) else _NEAR
+        out: list[_Seen] = []
+        # The last face is judged after those before it, unless all may be taken to be as it is.
+        state = None if any(how is _How.LOOKED for _, how in between) else self._judge(picture, face)
         for one, (found, _) in zip(held, between, strict=True):
             out.append(self._followed(one, found, state if state is FaceState.OK else self._judge(one, found)))
         return [*out, self._followed(picture, face, state or self._judge(picture, face))]
 
     def _between(
         self, one: tuple[Picture, Face], held: list[Picture], other: tuple[Picture, Face], before: list[F32 | None]
-    ) -> list[tuple[Face, bool]] | None:
-        """The faces of the pictures `held` between two others, and whether each is sure without a look; None where one is lost.
+    ) -> list[tuple[Face, _How]] | None:
+        """The faces of the pictures `held` between two others, and how each was found; None where one is lost.
 
         `before` has the points of the pictures up to `one`.
         """
@@ -414,7 +440,9 @@ class _Tracker:
             _is_like(picture, face.points_px, (one, other), lips=span > _NEAR)
             for picture, face in zip(held, lines, strict=True)
         ):
-            return [(face, True) for face in lines]
+            return [(face, _How.LINE) for face in lines]
+        if span == _NEAR and (told := self._told(one, held[0], other, before[-1 - span])) is not None:
+            return [(told, _How.TOLD)]
         # The faces on both sides are known already: those in between are looked for from a better guess than they had.
         half = span // 2
         picture, guess = held[half - 1], Crop.of_points(lines[half - 1].points_px)
@@ -426,7 +454,19 @@ class _Tracker:
             return None
         passed = [*before, *(face.points_px for face, _ in first), found.points_px]
         second = self._between((picture, found), held[half:], other, passed)
-        return None if second is None else [*first, (found, False), *second]
+        return None if second is None else [*first, (found, _How.LOOKED), *second]
+
+    def _told(
+        self, one: tuple[Picture, Face], picture: Picture, other: tuple[Picture, Face], before_px: F32 | None
+    ) -> Face | None:
+        """The face in the middle of two as the smaller network tells it; None where it is not sure."""
+        if self._tween is None or before_px is None:
+            return None
+        points_px, lips_px, all_px = self._tween(one, picture, other, before_px)
+        if lips_px > _SURE_LIPS_PX or all_px > _SURE_PX:
+            return None
+        shapes = self._nets.blendshapes(points_px) if self._shapes else None
+        return Face(points_px, shapes, min(one[1].confidence, other[1].confidence))
 
     def _is_even(self, first: F32 | None, second: F32, third: F32) -> bool:
         """Whether the points go on from the second to the third as they did from the first to the second."""
