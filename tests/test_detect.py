@@ -101,8 +101,8 @@ class _Counting:
         self.asked: list[Picture] = []
         self._lips_px = {} if lips_px is None else {id(p): px for p, px in zip(pictures, lips_px, strict=True)}
 
-    def detect(self, picture: Picture, *, tiles: bool = True) -> tuple[Detection, ...]:
-        return nets().detect(picture, tiles=tiles)
+    def detect(self, picture: Picture, *, tiles: bool = True, near: Crop | None = None) -> tuple[Detection, ...]:
+        return nets().detect(picture, tiles=tiles, near=near)
 
     def face(self, picture: Picture, crop: Crop, *, settle: int = 0, shapes: bool = True) -> Face | None:
         self.asked.append(picture)
@@ -337,6 +337,27 @@ def test_every_picture_gets_a_state_and_fades_before_the_face_goes() -> None:
     assert (strength[10:18] == 0).all()
     assert strength[0] == 1
     assert strength[-1] == 1
+
+
+def test_a_small_face_that_was_lost_is_found_again_where_it_was_without_a_search_for_small_ones() -> None:
+    here = portrait_rgb()[60:190, 150:300]
+    small, gone = (np.full((720, 1280, 3), 90, np.uint8) for _ in range(2))
+    small[400 : 400 + here.shape[0] // 2, 900 : 900 + here.shape[1] // 2] = cv2.resize(here, None, fx=0.5, fy=0.5)
+    asked: list[tuple[bool, bool]] = []
+
+    class Noting:
+        def detect(self, picture: Picture, *, tiles: bool = True, near: Crop | None = None) -> tuple[Detection, ...]:
+            asked.append((tiles, near is not None))
+            return nets().detect(picture, tiles=tiles, near=near)
+
+        face = staticmethod(nets().face)
+
+    shown = [from_rgb(rgb) for rgb, times in ((small, 6), (gone, 8), (small, 6)) for _ in range(times)]
+    out = list(Detect(cast(FaceNets, Noting()), look_ahead=0)(clips(shown)))
+    states = [s for c in out if c.track is not None for s in c.track.states]
+    assert states == [FaceState.OK] * 6 + [FaceState.LOST] * 10 + [FaceState.OK] * 4
+    # At first and when it is lost everywhere, then once in five pictures where it was.
+    assert asked == [(True, False), (True, True), (False, True), (False, True)]
 
 
 def test_fading_is_gradual_within_a_shot() -> None:

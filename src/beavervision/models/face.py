@@ -22,6 +22,7 @@ from beavervision.models.cards import load_data
 _DETECT_PX = 128
 MESH_PX = 256
 _MIN_SCORE = 0.5
+_NEAR_SCALE = 1.6  # of what is searched around a crop of a mesh
 _MESH_SCALE = 1.5  # the mesh's crop against the face's box
 # The points that the blendshape net reads, in its order (MediaPipe's face_blendshapes_graph).
 # fmt: off
@@ -132,11 +133,15 @@ class FaceNets:
             self._mesh = load("face_landmarks_detector.tflite")
             self._shapes = load("face_blendshapes.tflite")
 
-    def detect(self, picture: Picture, *, tiles: bool = True) -> tuple[Detection, ...]:
-        """All faces of a picture, best first; with `tiles` small ones too, down to about 1/20 of the height."""
+    def detect(self, picture: Picture, *, tiles: bool = True, near: Crop | None = None) -> tuple[Detection, ...]:
+        """All faces of a picture, best first; with `tiles` small ones too, down to about 1/20 of the height; with `near` those
+        about where that crop of a mesh was.
+        """
         found: list[Detection] = []
         for crop in itertools.islice(_search(picture.width_px, picture.height_px), None if tiles else 1):
             found += self._detect_in(picture, crop)
+        if near is not None:
+            found += self._detect_in(picture, Crop(near.x_px, near.y_px, near.side_px * _NEAR_SCALE))
         kept: list[Detection] = []
         for detection in sorted(found, key=lambda d: -d.score):
             if all(k.crop.overlap(detection.crop) < 0.3 for k in kept):

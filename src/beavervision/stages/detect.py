@@ -31,7 +31,8 @@ KEPT_PICTURES = 3000  # of a source whose faces are kept, 6 kB each, for when th
 _SAVGOL = np.array([-3, 12, 17, 12, -3], np.float32) / 35  # Savitzky and Golay (1964): quadratic, five points
 _MAX_YAW_DEG = 48.0
 _MAX_PITCH_DEG = 38.0
-_RETRY = 5  # a lost face is searched for in one of so many pictures
+_RETRY = 5  # a lost face is searched for in one of so many pictures,
+_RETRY_TILES = 20  # and a small one elsewhere than where it was in one of so many
 _CUT_LEVEL = 22.0  # mean difference of luma thumbnails that makes a cut, if it also stands out of the last ones
 _CUT_RATIO = 4.0
 # Pictures between two others are spared where their points would be off the line between those by less than this, in crop
@@ -151,15 +152,17 @@ def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice) -> S
     return Survey(choice, tuple(chosen), len(people))
 
 
-def faces_in(picture: Picture, nets: FaceNets, known: Sequence[Face] = (), *, tiles: bool = True) -> tuple[Face, ...]:
-    """All faces of a picture that the mesh confirms, each once, the `known` ones first."""
+def faces_in(
+    picture: Picture, nets: FaceNets, known: Sequence[Face] = (), *, tiles: bool = True, near: Crop | None = None
+) -> tuple[Face, ...]:
+    """All faces of a picture that the mesh confirms, each once, the `known` ones first; `tiles` and `near` as for the detector."""
     faces: list[Face] = []
 
     def is_new(crop: Crop) -> bool:
         return all(crop.overlap(Crop.of_points(face.points_px)) < 0.3 for face in faces)
 
     faces += [face for face in known if is_new(Crop.of_points(face.points_px))]
-    for detection in nets.detect(picture, tiles=tiles):
+    for detection in nets.detect(picture, tiles=tiles, near=near):
         face = nets.face(picture, detection.crop, settle=2) if is_new(detection.crop) else None
         if face is not None and is_new(Crop.of_points(face.points_px)):
             faces.append(face)
@@ -347,6 +350,7 @@ class _Tracker:
         self._shapes = shapes
         self._sparing = sparing
         self._crop: Crop | None = None
+        self._lost: Crop | None = None  # where the face was before it was lost
         self._last: tuple[Picture, _Seen] | None = None
         self._thumbnail: F32 | None = None
         self._change = 1.0  # running mean of the thumbnails' difference
@@ -390,7 +394,7 @@ class _Tracker:
     def _seen(self, picture: Picture, cut: bool) -> _Seen:
         if cut:
             self._shot += 1
-            self._crop, self._missed, self._look = None, 0, Appearance()
+            self._crop, self._lost, self._missed, self._look = None, None, 0, Appearance()
             self._trail.clear()
             self._span = _NEAR
         face = self._find(picture)
@@ -483,11 +487,12 @@ class _Tracker:
             if face is not None and _near(face, self._crop):
                 self._crop = Crop.of_points(face.points_px)
                 return face
-            self._crop, self._missed = None, 0
+            self._crop, self._lost, self._missed = None, self._crop, 0
         self._missed += 1
         if self._missed % _RETRY != 1:
             return None
-        faces = faces_in(picture, self._nets, tiles=self._tiles)
+        tiles = self._tiles and self._missed % _RETRY_TILES == 1
+        faces = faces_in(picture, self._nets, tiles=tiles, near=self._lost)
         face = self._choice.pick(faces, picture.width_px, picture.height_px)
         if face is not None:
             self._crop, self._missed = Crop.of_points(face.points_px), 0
