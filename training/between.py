@@ -4,8 +4,9 @@
     python -m training.between train --data work/data --weights work/weights              (10 minutes of one core)
     python -m training.between evaluate --data work/data --weights work/weights
 
-``scan`` writes ``between_train.npz`` and ``between_validate.npz``: of each five pictures in a row what is seen of the middle three
-but one, see :class:`Triples`. ``train`` writes ``between.pt``. Each takes ``--smoke``: a few clips, a few iterations.
+``scan`` writes ``between_train.npz`` and ``between_validate.npz``: what is seen of each picture and its two neighbours, and
+where the mesh found the points in them, see :class:`Triples`. ``train`` writes ``between.pt``. Each takes ``--smoke``: a few
+clips, a few iterations.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--talkers", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--iterations", type=int, default=2400)
+    parser.add_argument("--iterations", type=int, default=1600)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)
