@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import cv2
 
@@ -54,6 +54,7 @@ from beavervision.stages.render import Render
 from beavervision.stages.restore import Area, Restore
 from beavervision.stages.watch import Watch, check_sheet
 
+_T = TypeVar("_T")
 Fit = Literal["loop", "trim", "freeze", "keep"]
 # Pictures done, and in all: an estimate while speech is synthesised, None while there is none.
 Progress = Callable[[int, int | None], None]
@@ -225,8 +226,9 @@ class Pipeline:
         choice = FaceChoice.parse(face)
         if (boxes or whole_box) and not self._model.boxed:
             raise UsageError(f"boxes and whole_box are for Wav2Lip checkpoints; {self.card.name} draws without them.")
-        restorer = self._restorer(restore) if restore else None
-        detector = self._detector(boxes) if boxes else None
+        store = ModelStore(self.settings.data_dir)
+        restorer = self._opened(self._restorers, store.open_restorer, restore) if restore else None
+        detector = self._opened(self._detectors, store.open_boxes, boxes) if boxes else None
         encode = Encode(self.settings.preset, self.settings.crf, threads=self.plan["encode"].threads).to(out)
         if sheet is not None:
             check_sheet(Path(sheet))
@@ -444,29 +446,18 @@ class Pipeline:
         ahead_s = min(_ACCENT_AHEAD_S, self._model.timing.look_ahead_ms / 1000)
         return Direct(script, alive=alive, seed=seed, style=style, ahead_s=ahead_s)
 
-    def _restorer(self, name: str) -> Restorer:
+    def _opened(self, opened: dict[str, _T], open_model: Callable[..., _T], name: str) -> _T:
+        """An imported model that runs share, kept in `opened` by its name."""
         where = self.plan["lipsync"]
         with self._extras_lock:
-            if name not in self._restorers:
-                self._restorers[name] = ModelStore(self.settings.data_dir).open_restorer(
+            if name not in opened:
+                opened[name] = open_model(
                     name,
                     allow_non_commercial=self._allow_non_commercial,
                     device=where.devices[0],
                     threads=where.threads,
                 )
-            return self._restorers[name]
-
-    def _detector(self, name: str) -> FaceBoxes:
-        where = self.plan["lipsync"]
-        with self._extras_lock:
-            if name not in self._detectors:
-                self._detectors[name] = ModelStore(self.settings.data_dir).open_boxes(
-                    name,
-                    allow_non_commercial=self._allow_non_commercial,
-                    device=where.devices[0],
-                    threads=where.threads,
-                )
-            return self._detectors[name]
+            return opened[name]
 
     def _check_memory(self) -> None:
         for budget in self.budgets:
