@@ -306,5 +306,10 @@ def test_syncnets_checkpoint_is_read(tmp_path: Path) -> None:
     boxes = load_syncnet_boxes(state, "sfd_face.pth")(np.zeros((1024, 2048, 3), np.uint8))
     assert len(boxes) > 4
     np.testing.assert_allclose(boxes[:, 2:4] - boxes[:, :2], 512, atol=0.5)  # 128 of a quarter's pixels
+    with pytest.raises(ModelError, match="Wav2Lip's form"):
+        load_syncnet_boxes(sees_everywhere(), "s3fd.pth")
+    torch.save(state, tmp_path / "sfd_face.pth")
+    with pytest.raises(ModelError, match="evaluate lse --s3fd"):
+        ModelStore(tmp_path).add(tmp_path / "sfd_face.pth")
     with pytest.raises(ModelError, match=r"sfd_face.pth is no S3FD face detector: tensor conv1_1.weight is missing"):
         load_syncnet_boxes({"a": torch.zeros(1)}, "sfd_face.pth")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from beavervision.errors import ModelError
 from beavervision.media import F32, U8, Net
 from beavervision.models.torch_runtime import TorchNet
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _CANDIDATE = 0.05  # how surely a face it must be to be looked at all
 _MARK = "conv3_3_norm_mbox_conf.weight"
+_SYNCNETS_MARK = "L2Norm3_3.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +104,13 @@ def load_syncnet_boxes(state: Mapping[str, Tensor], file: str, *, threads: int =
     """SyncNet's detector with the tensors of a checkpoint, ``sfd_face.pth``.
 
     Raises:
-        ModelError: they are not its own.
+        ModelError: they are not its own, or of Wav2Lip's form, which has other layers under the same shapes.
     """
     from beavervision.models.nets.blocks import fitted, loaded
     from beavervision.models.nets.s3fd import SpreadS3FD, renamed
 
+    if is_s3fd(state):
+        raise ModelError(f"{file} is Wav2Lip's form of the detector; SyncNet's, sfd_face.pth, is needed.")
     net = loaded(SpreadS3FD, fitted(SpreadS3FD, renamed(state), file, "S3FD face detector"))
     return FaceBoxes(TorchNet(net, threads=threads, half=False, name="s3fd"), SYNCNET_ASKS)
 
@@ -114,3 +118,8 @@ def load_syncnet_boxes(state: Mapping[str, Tensor], file: str, *, threads: int =
 def is_s3fd(state: Mapping[str, Tensor]) -> bool:
     """Whether these are tensors of Wav2Lip's form of it."""
     return _MARK in state
+
+
+def is_syncnets(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of SyncNet's form of it."""
+    return _SYNCNETS_MARK in state

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from beavervision.errors import LicenceError, ModelError
 from beavervision.media import Net
-from beavervision.models.boxes import FaceBoxes, is_s3fd, load_boxes
+from beavervision.models.boxes import FaceBoxes, is_s3fd, is_syncnets, load_boxes
 from beavervision.models.cards import CARDS, S3FD, WAV2LIP, Kind, ModelCard
 from beavervision.models.restorers import INSTALL_RESTORE, RESTORERS, Restorer, restorer_card
 from beavervision.models.runtime import OnnxNet
@@ -151,6 +151,11 @@ class ModelStore:
             )
         source_hash = _sha256(path)
         state = read_checkpoint(path)
+        if is_syncnets(state):
+            raise ModelError(
+                f"{path.name} is the form of S3FD that SyncNet's scripts use: give it to `beavervision evaluate lse --s3fd`. "
+                "Wav2Lip's is imported."
+            )
         card = S3FD if is_s3fd(state) else restorer_card(state) or WAV2LIP
         if card.kind == "restore":
             files = _restorer_files(state, card)
