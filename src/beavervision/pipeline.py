@@ -246,7 +246,8 @@ class Pipeline:
         else:
             nets = FaceNets()
             seen = self._survey(info, nets, choice) if look is None else look.survey
-            detect = Detect(nets, seen.choice, shapes=expresses, sparing=True, between=load_between())
+            between = load_between() if info.kind == "video" else None  # a still is looked at once
+            detect = Detect(nets, seen.choice, shapes=expresses, sparing=True, between=between)
         if seen.faces_seen > 1:
             notes.append(f"{seen.faces_seen} people were seen; the face was chosen by {face!r}.")
         background = None

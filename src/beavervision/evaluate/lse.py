@@ -57,7 +57,6 @@ _SMOOTH = 13
 _BORDER = 110  # the grey beyond the picture's edge
 _BATCH = 8
 _BRIDGE = 25  # pictures without a face that a track may have in between
-_SAME_FACE = 0.2  # of what the mesh's box and the detector's cover, that they must share
 _LEAST = 25  # pictures that must be left for a figure
 _EPS = 1e-6  # that PyTorch's pairwise distance adds
 
@@ -233,7 +232,7 @@ def _box(picture: Picture, face: Face, detector: FaceBoxes | None) -> F32 | None
     """Middle x, y and half the longer side of the face, (3,); None where the detector does not see it."""
     points_px = face.points_px[:, :2]
     bounds = np.concatenate([points_px.min(axis=0), points_px.max(axis=0)])
-    found = bounds if detector is None else nearest(detector(picture.rgb()), bounds, _SAME_FACE)
+    found = bounds if detector is None else nearest(detector(picture.rgb()), bounds)
     if found is None:
         return None
     low, high = found[:2], found[2:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from beavervision.media import F32, U8, Face, Net, Picture
+from beavervision.media import F32, U8, Face, Net, Picture, between_pixels
 from beavervision.models.cards import FACE_BETWEEN, load_data
 from beavervision.models.face import MESH_PX, Crop
 from beavervision.models.mesh import OUTER_LIP
@@ -42,8 +42,8 @@ class Between:
         """
         line = halfway(one[1].points_px, other[1].points_px)
         crop = Crop.of_points(line)
-        known = self._last is not None and self._last[0] is one[1]
-        first = self._last[1] if known and self._last is not None else views(one[0].y, one[1].points_px)
+        known = self._last[1] if self._last is not None and self._last[0] is one[1] else None
+        first = known or views(one[0].y, one[1].points_px)
         last = views(other[0].y, other[1].points_px)
         self._last = other[1], last
         mouths, faces = zip(first, views(picture.y, line, crop), last, strict=True)
@@ -109,8 +109,7 @@ def _view(luma: U8, middle: F32, scale: float, angle_rad: float, size: tuple[int
     if reduce > 1:
         box = np.asarray(cv2.resize(box, count.tolist(), interpolation=cv2.INTER_AREA), np.uint8)
     shift = np.array([width / 2, height / 2]) + linear @ (low - middle)
-    # From continuous coordinates to those of pixels' middles.
-    matrix = np.hstack([linear * reduce, (shift + linear @ [reduce / 2, reduce / 2] - 0.5)[:, None]])
+    matrix = between_pixels(np.hstack([linear, shift[:, None]]), (reduce, reduce))
     return np.asarray(
         cv2.warpAffine(box, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.float32
     )

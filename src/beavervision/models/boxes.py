@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CANDIDATE = 0.05  # how surely a face it must be to be looked at all
+_SAME_FACE = 0.2  # of what two boxes of one face cover, that they must share
 _MARK = "conv3_3_norm_mbox_conf.weight"
 _SYNCNETS_MARK = "L2Norm3_3.weight"
 
@@ -83,7 +84,7 @@ def shared(box: F32, others: F32, edge_px: float = 0.0) -> F32:
     return np.asarray(both / ((box[2:4] - box[:2] + edge_px).prod() + sizes - both), np.float32)
 
 
-def nearest(boxes: F32, box: F32, least: float) -> F32 | None:
+def nearest(boxes: F32, box: F32, least: float = _SAME_FACE) -> F32 | None:
     """That of `boxes` (n, 5) which shares most with `box` (4,), (4,); None where none shares more than `least`."""
     if not len(boxes):
         return None

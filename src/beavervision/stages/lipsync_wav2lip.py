@@ -29,7 +29,6 @@ _BINS = 80
 _SMOOTHED = 5  # pictures
 _MIN_BOX_PX = 16
 _FEATHER = 0.05  # of the box's width
-_SAME_FACE = 0.2  # of what the mesh's box and the detector's cover, that they must share
 _KEPT_BOXES = 3000  # of a source that is played back and forth
 # The part that is pasted: the jaw below the ears, closed over the cheeks below the nose.
 _LOWER_FACE = np.concatenate([JAW[2:-2], [205, 2, 425]])
@@ -135,7 +134,7 @@ class Wav2LipSync:
             self._last = picture, seen
             if number is not None and len(self._kept) < _KEPT_BOXES:
                 self._kept[number] = seen
-        found = nearest(seen, box, _SAME_FACE)
+        found = nearest(seen, box)
         return box if found is None else found
 
     def _drawn(self, clip: Clip, boxes: list[Box | None]) -> Clip:

@@ -117,12 +117,13 @@ class SpreadS3FD(S3FD):
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of SyncNet's ``sfd_face.pth`` by the names that :class:`S3FD` has for them; other names stay."""
-    layers = [f"conv{stage}_{layer}" for stage, (_, n) in enumerate(_TRUNK, 1) for layer in range(1, n + 1)]
     names: dict[str, str] = {}
-    at = 0  # in the published list of layers, which counts rectifiers and poolings too
-    for layer in layers:
-        names[f"vgg.{at}"] = layer
-        at += 3 if layer in ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3") else 2
+    at = 0  # in the published list of layers, where each is followed by its rectifier, and each stage by its pooling
+    for stage, (_, layers) in enumerate(_TRUNK, 1):
+        for layer in range(1, layers + 1):
+            names[f"vgg.{at}"] = f"conv{stage}_{layer}"
+            at += 2
+        at += 1
     names |= {f"vgg.{at}": "fc6", f"vgg.{at + 2}": "fc7"}
     names |= {f"extras.{i}": name for i, (name, *_) in enumerate(_EXTRAS)}
     names |= {f"L2Norm{tap[4:]}": f"{tap}_norm" for tap in _TAPS.values()}
