@@ -69,7 +69,7 @@ def test_the_declared_context_covers_what_the_nets_hear() -> None:
     timing = BEAVER.timing
     assert timing is not None
     assert timing.look_ahead_ms <= 160
-    after_ms = 10 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 12.5 + 20
+    after_ms = 10 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 12.5 + 10
     picture_ms = 1000 / 60
     assert after_ms <= timing.look_ahead_ms + picture_ms
     assert timing.left_context_ms >= 10 * LEFT_ROWS + 20
@@ -97,6 +97,31 @@ def test_the_same_motion_however_the_clips_are_cut() -> None:
     _, eights = draw(clips(rows, 40))
     _, threes = draw(clips(rows, 40, block=3))
     assert np.allclose(eights, threes, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30), Fraction(24000, 1001), Fraction(60)])
+def test_each_picture_hears_its_own_moment_and_no_further_than_declared(rate: Fraction) -> None:
+    ran = []
+
+    def own_rows(rows: np.ndarray) -> tuple[np.ndarray]:
+        """A network that tells the number of a step's own row."""
+        ran.append(rows)
+        steps = (rows.shape[1] - EXTRA_ROWS) // 2
+        return (rows[:, LEFT_ROWS : LEFT_ROWS + 2 * steps : 2, :1],)
+
+    stage = BeaverSync(own_rows, files().painter, files().basis, seen()[2])
+    heard = Heard(np.arange(-100.0, 300.0, dtype=np.float32)[:, None], -100, Fraction(1, 100), np.ones(7, np.float32))
+    told = stage._hear(heard, 10, 7, rate)[:, 0]
+    times_s = (10 + np.arange(7)) / float(rate)
+    assert np.allclose(told, times_s * 100, atol=1e-3)
+    assert len(ran[0]) == (1 if rate == 25 else 2), "at 25 pictures a second each has a step of its own"
+
+    declared = BEAVER.timing
+    assert declared is not None
+    for i, time_s in enumerate(times_s):
+        stage._hear(heard, 10 + i, 1, rate)
+        # Half the window of the last row comes on top.
+        assert ran[-1].max() * 10 + 12.5 <= time_s * 1000 + declared.look_ahead_ms
 
 
 def test_the_same_motion_whether_clips_hear_all_of_the_sound_or_their_own_surroundings() -> None:
@@ -191,7 +216,7 @@ def test_basis_reads_back_what_it_moves() -> None:
 def test_both_engines_compute_the_same() -> None:
     pytest.importorskip("torch", reason="the PyTorch engine needs the gpu extra")
     rng = np.random.default_rng(0)
-    rows = rng.normal(-5, 3, (1, EXTRA_ROWS + 20, 64)).astype(np.float32)
+    rows = rng.normal(-5, 3, (2, EXTRA_ROWS + 20, 64)).astype(np.float32)
     crops = rng.random((3, 12, 80, 96)).astype(np.float32)
     for name, given in (("motion", rows), ("painter", crops), ("painter", crops[:, :, 16:56])):
         (one,), (other,) = (net(name, "cpu", 1)(given) for net in (onnx_net, torch_net))

@@ -13,15 +13,17 @@ import pytest
 pytest.importorskip("torch", reason="training needs the train extra")
 pytest.importorskip("onnx", reason="training needs the train extra")
 
+import onnx
 import torch
+from onnx import helper, numpy_helper
 
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
-from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionNet, MotionPair, PainterNet
+from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import SOUND_RMS
-from training import between, clips, export, lessons, motion, painter, recordings, sync, voices
+from training import between, clips, export, lessons, motion, painter, recordings, sound, sync, voices
 from training.machine import CPU, Machine, machine_of
 
 pytestmark = pytest.mark.torch
@@ -90,7 +92,7 @@ def test_points_are_packed_without_loss() -> None:
 
 def test_a_step_hears_no_further_than_declared() -> None:
     torch.manual_seed(0)
-    net = MotionNet(3, channels=8).eval()
+    net = MotionNet(SoundNet(), [MotionHead(3, channels=8), MotionHead(3, channels=8, plain=True)]).eval()
     steps = 4
     rows = torch.randn(1, MEL_PER_STEP * steps + net.extra_rows, 64)
     step = 2
@@ -99,15 +101,15 @@ def test_a_step_hears_no_further_than_declared() -> None:
         before = net(rows)[0]
         assert len(before) == steps
         beyond, within = rows.clone(), rows.clone()
-        beyond[:, last + 1 :] += 500
-        within[:, last] += 500
+        beyond[:, last + 1 :] += 5
+        within[:, last] += 5
         assert torch.equal(net(beyond)[0, : step + 1], before[: step + 1])
         assert not torch.equal(net(within)[0, step], before[step])
         older = rows.clone()
         older[:, : MEL_PER_STEP * step] += 5
         assert torch.equal(net(older)[0, step:], before[step:])
-    # 12.5 ms of the last row's window and one step of interpolation come on top of the rows.
-    assert LOOK_AHEAD_ROWS * 10 + 12.5 + 20 <= 160
+    # 12.5 ms of the last row's window and one row of interpolation come on top of the rows.
+    assert LOOK_AHEAD_ROWS * 10 + 12.5 + 10 <= 160
 
 
 def test_a_basis_tells_the_motion_of_its_clips(data: Path, basis: MotionBasis) -> None:
@@ -159,16 +161,18 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     }
     lessons.write_lessons(taught, data / "taught.npz")
     spoken = voices.load(data / "voices.npz")
-    net = motion.train(
-        [m for m in motions if m.row.split == "train"],
+    options = motion.Options(heads=2, iterations=2, batch=2, synthetic=2, recorded=3, channels=8, variants=1)
+    readout, hears = motion.Readout.of(basis), SoundNet().eval()
+    material = motion.Material.of(
+        motions[:2],
         {lessons.voice_name(i): s for i, s in enumerate(spoken)},
+        {lessons.recording_name(0): voices.rows_of(pcm)},
         lessons.read_lessons(data / "taught.npz"),
-        basis,
-        motion.Options(iterations=2, batch=2, synthetic=2, recorded=3, channels=8),
-        weights / "motion.pt",
-        machine=machine,
-        recordings={lessons.recording_name(0): voices.rows_of(pcm)},
+        hears,
+        options,
     )
+    net = motion.train(motions[:2], material, hears, readout, options, machine)
+    torch.save(net.state_dict(), weights / "motion.pt")
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
     assert motions[0].lag_s == 0.02
     found = motion.figures(net, motions[2:], spoken, basis, motion.usual_mouth(motions[:2]))
@@ -178,10 +182,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     (out / "SHA256.json").parent.mkdir()
     (out / "SHA256.json").write_text('{"other": "kept"}', "utf-8")
     trained = motion.load_net(weights / "motion.pt")
-    assert (
-        export.export_motion(MotionPair(trained, trained, torch.ones(len(basis.shapes))), out / "beaver_motion.onnx")
-        < export.TOLERANCE
-    )
+    assert export.export_motion(trained, out / "beaver_motion.onnx") < export.TOLERANCE
     assert export.export_painter(PainterNet((4, 4, 8)), out / "beaver_painter.onnx") < export.TOLERANCE
     assert export.export_sync(SyncScorer(16, channels=8, size=4).eval(), out / "sync_scorer.onnx") < export.TOLERANCE
     card = out / "card.md"
@@ -272,6 +273,83 @@ def test_variation_keeps_what_is_seen_and_what_is_told_together() -> None:
     forgotten = (steps[:, 1] == 0).flatten(1).all(dim=1)
     assert 0.4 < float(forgotten.float().mean()) < 0.75
     assert not torch.equal(steps[:, 0], parts[2][:, 0])
+
+
+def published_embedding(path: Path) -> None:
+    """A file with the layers of the published embedding that are taken over, with weights of our own, up to their features."""
+    rng = np.random.default_rng(0)
+    made, nodes, at = [], [], "rows"
+
+    def constant(name: str, *shape: int, around: float = 0.0) -> str:
+        values = around + 0.2 * rng.standard_normal(shape).astype(np.float32)
+        made.append(numpy_helper.from_array(values.astype(np.float32), name))
+        return name
+
+    def add(kind: str, *more: str, **attributes: object) -> None:
+        nonlocal at
+        nodes.append(helper.make_node(kind, [at, *more], [f"out{len(nodes)}"], **attributes))
+        at = nodes[-1].output[0]
+
+    made.append(numpy_helper.from_array(np.array(-0.4, np.float32), "floor"))
+    shapes = [
+        (24, 1, 3, 3),
+        (24, 24, 1, 3),
+        (24, 24, 3, 1),
+        (48, 24, 1, 3),
+        (48, 48, 3, 1),
+        (48, 48, 1, 3),
+        (48, 48, 3, 1),
+    ]
+    for i, shape in enumerate(shapes):
+        weights = [constant(f"weight{i}", *shape)] + ([constant(f"bias{i}", shape[0])] if i else [])
+        add("Conv", *weights, pads=[0, 1, 0, 1] if shape[3] == 3 else [0, 0, 0, 0])
+        if i == 0:
+            add("Relu")
+            statistics = (constant(name, 24, around=1.0) for name in ("scale", "shift", "mean"))
+            made.append(numpy_helper.from_array(rng.random(24, np.float32) + 0.5, "variance"))
+            add("BatchNormalization", *statistics, "variance", epsilon=1e-3)
+        add("LeakyRelu", alpha=0.2)
+        add("Max", "floor")
+        if i in (2, 6):
+            size = [2, 2] if i == 2 else [1, 2]
+            add("MaxPool", kernel_shape=size, strides=size)
+    ends = [helper.make_tensor_value_info(name, 1, [None] * 4) for name in ("rows", at)]
+    graph = helper.make_graph(nodes, "embedding", ends[:1], ends[1:], made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+
+
+def test_the_published_layers_are_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "embedding_model.onnx"
+    published_embedding(path)
+    net = sound.published(tmp_path)
+    rows = np.random.default_rng(1).standard_normal((1, 2 * 9 + net.extra_rows, 64)).astype(np.float32)
+    with torch.no_grad():
+        net.bands.weight.zero_()
+        net.bands.bias.zero_()
+        net.bands.weight[np.arange(32), np.arange(32), 1] = 1  # the bands are the middle row's first 32
+        told = net.raw(torch.from_numpy(rows))[0]
+    (wanted,) = OnnxNet(path)(rows[:, None, 1:-1, :32])
+    assert np.abs(told[:384].numpy() - wanted[0].transpose(0, 2, 1).reshape(384, -1)).max() < 1e-3
+    assert np.array_equal(told[384:, 3].numpy(), rows[0, net.extra_rows + 6 : net.extra_rows + 8].ravel())
+    with pytest.raises(SystemExit, match="openwakeword"):
+        sound.published(tmp_path / "elsewhere")
+
+
+def test_its_bands_are_told_from_our_rows(data: Path) -> None:
+    motions = clips.load_all(data)[:2]
+
+    def bands(pcm: np.ndarray) -> tuple[np.ndarray]:
+        """What the published front end gives, from every other of our bins: its windows begin, ours are centred, each 10 ms."""
+        rows = clips.LOG_MEL.rows(pcm[0] / 32767)[2:, ::2]
+        return ((rows - 2) * 10,)
+
+    net = SoundNet()
+    assert sound.tell_bands(net, motions, bands) > 0.9
+    sound.even_out(net, motions)
+    with torch.no_grad():
+        raw = torch.cat([net.raw(torch.from_numpy(m.even[None, : len(m.even) // 2 * 2]))[0] for m in motions], dim=1)
+    assert torch.allclose(net.mean[:, 0], raw.mean(dim=1), atol=1e-5)
+    assert torch.allclose(net.spread[:, 0], raw.std(dim=1), atol=2e-3)
 
 
 def test_augmented_rows_stay_log_mel() -> None:

@@ -27,13 +27,13 @@ from beavervision.media import POINTS
 from beavervision.models import between
 from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE
 from beavervision.models.cards import FACE_BETWEEN
-from beavervision.models.nets.beaver import MEL_BINS, MotionPair, PainterNet
+from beavervision.models.nets.beaver import MEL_BINS, MotionNet, PainterNet
 from beavervision.models.nets.between import BetweenNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import ROWS, STEPS
 from training.between import load_net as load_between_net
-from training.motion import Readout, load_net, read_basis
+from training.motion import load_net
 from training.sync import load_scorer
 
 OPSET = 17
@@ -43,10 +43,10 @@ CARD = Path(__file__).parents[1] / "docs" / "models" / "beaver.md"
 _STEPS = 25
 
 
-def export_motion(net: MotionPair, path: Path) -> float:
-    """Input ``rows`` (1, 2 n + extra_rows, 64), output ``motion`` (1, n, k); the largest difference to PyTorch."""
-    rows = torch.randn(1, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    _export(net, (rows,), path, ["rows"], ["motion"], {"rows": {1: "t"}, "motion": {1: "n"}})
+def export_motion(net: MotionNet, path: Path) -> float:
+    """Input ``rows`` (b, 2 n + extra_rows, 64), output ``motion`` (b, n, k); the largest difference to PyTorch."""
+    rows = torch.randn(2, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
+    _export(net, (rows,), path, ["rows"], ["motion"], {"rows": {0: "b", 1: "t"}, "motion": {0: "b", 1: "n"}})
     longer = torch.randn(1, 6 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
     return max(_difference(net, (x,), path) for x in (rows, longer))
 
@@ -134,9 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=Path("work/weights"))
     parser.add_argument("--out", type=Path, default=DATA, help="the folder that gets the files")
-    parser.add_argument(
-        "--motion", type=Path, action="append", help="instead of WEIGHTS/motion.pt and motion2.pt; twice"
-    )
+    parser.add_argument("--motion", type=Path, help="instead of WEIGHTS/motion.pt")
     parser.add_argument("--painter", type=Path, help="instead of WEIGHTS/painter.pt")
     parser.add_argument("--only", choices=["motion", "painter", "sync", "between"], help="export this one alone")
     args = parser.parse_args()
@@ -145,19 +143,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     written = []
     if args.only in (None, "motion"):
-        nets = [load_net(path) for path in args.motion or (args.weights / "motion.pt", args.weights / "motion2.pt")]
-        if len(nets) != 2:
-            raise SystemExit("--motion is given twice: the network taught articulation, then the one of clips alone.")
-        for net in nets:
-            if (net.left_rows, net.extra_rows) != (LEFT_ROWS, EXTRA_ROWS):
-                raise SystemExit(
-                    f"models/beaver.py must say LEFT_ROWS, EXTRA_ROWS = {net.left_rows}, {net.extra_rows}."
-                )
-        basis = args.weights / "beaver_basis.npz"
-        pair = MotionPair(nets[0], nets[1], Readout.of(read_basis(basis)).gap)
-        difference = export_motion(pair, args.out / "beaver_motion.onnx")
-        save_file(pair.state_dict(), args.out / "beaver_motion.safetensors")
-        shutil.copyfile(basis, args.out / "beaver_basis.npz")
+        net = load_net(args.motion or args.weights / "motion.pt")
+        if (net.left_rows, net.extra_rows) != (LEFT_ROWS, EXTRA_ROWS):
+            raise SystemExit(f"models/beaver.py must say LEFT_ROWS, EXTRA_ROWS = {net.left_rows}, {net.extra_rows}.")
+        difference = export_motion(net, args.out / "beaver_motion.onnx")
+        save_file(net.state_dict(), args.out / "beaver_motion.safetensors")
+        shutil.copyfile(args.weights / "beaver_basis.npz", args.out / "beaver_basis.npz")
         written += ["beaver_motion.onnx", "beaver_motion.safetensors", "beaver_basis.npz"]
         print(f"motion: differs by {difference:.1g}")
     if args.only in (None, "painter"):

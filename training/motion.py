@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,17 +23,23 @@ from torch.nn import functional
 from beavervision.media import F32
 from beavervision.models.basis import MotionBasis
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP
-from beavervision.models.nets.beaver import MEL_PER_STEP, MotionNet, MotionPair
+from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_BINS, MEL_PER_STEP, MotionHead, MotionNet, SoundNet
 from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padded_rows
 from training.lessons import COMPONENTS, Lesson, read_lessons, recording_name, voice_name
 from training.machine import CPU, Machine, add_options, machine_of
 from training.recordings import load as load_recordings
+from training.sound import load_sound
 from training.voices import Spoken, Viseme, load, rows_of
 
 BASIS_SIZE = 16
 WINDOW = 100  # steps of one example
 _VISEME_WEIGHTS = (0.5, 1.5, 1.5, 1.0, 1.0, 1.0, 0.5)
-_CLOSED_GAP, _BITTEN_GAP, _OPEN_GAP = -0.005, 0.035, 0.075  # wanted over the rest mouth, in eye distances
+_CLOSED_GAP, _BITTEN_GAP, _OPEN_GAP, _ROUND_WIDTH = (
+    -0.005,
+    0.035,
+    0.075,
+    -0.05,
+)  # wanted over the rest mouth, in eye distances
 
 
 def read_basis(path: Path) -> MotionBasis:
@@ -69,94 +76,143 @@ class Readout:
 
 # --- examples ---------------------------------------------------------------------------------------------------------
 
-
-class Examples:
-    """Random windows of the train clips, of the synthetic voices and of recordings, with what the teacher says of them."""
-
-    def __init__(
-        self,
-        motions: list[Motion],
-        voices: dict[str, Spoken],
-        recordings: dict[str, F32],
-        lessons: dict[str, Lesson],
-        net: MotionNet,
-        rng: np.random.Generator,
-    ) -> None:
-        self._net, self._rng = net, rng
-        self._clips = [self._clip(m, lessons[m.row.name]) for m in motions]
-        self._voices = [(v, _joined(lessons[name], len(v.classes))) for name, v in voices.items()]
-        self._recordings = [
-            (rows, _joined(lessons[name], len(rows) // MEL_PER_STEP)) for name, rows in recordings.items()
-        ]
-        share = np.array([min(float(weight.sum()), 400.0) ** 0.7 for _, _, weight in self._clips])
-        self._share = share / share.sum()
-
-    @staticmethod
-    def _clip(motion: Motion, lesson: Lesson) -> tuple[F32, F32, F32]:
-        motion.lag_s = lesson.lag_s
-        target, weight = motion.targets()
-        return motion.even, np.concatenate([target, _joined(lesson, len(target))], axis=1), weight
-
-    def _rows(self, rows: F32, step: float, tempo: float) -> F32:
-        net = self._net
-        first = step * MEL_PER_STEP - net.left_rows * tempo
-        return padded_rows(rows, first, MEL_PER_STEP * WINDOW + net.extra_rows, tempo)
-
-    def _steps(self, count: int) -> tuple[npt.NDArray[np.float64], float]:
-        """Places (WINDOW,) in a sound of `count` steps, some beyond its ends, and how far apart."""
-        tempo = float(np.exp(self._rng.uniform(-0.15, 0.15))) if self._rng.random() < 0.7 else 1.0
-        start = float(self._rng.uniform(-0.3 * WINDOW, max(count - 0.7 * WINDOW * tempo, 0.3 * WINDOW)))
-        return start + np.arange(WINDOW, dtype=np.float64) * tempo, tempo
-
-    def real(self, count: int) -> Batch:
-        rows, values, weights = [], [], []
-        for i in self._rng.choice(len(self._clips), count, p=self._share):
-            mel, value, weight = self._clips[i]
-            at, tempo = self._steps(len(value))
-            nearest = np.clip(np.round(at).astype(int), 0, len(value) - 1)
-            rows.append(self._rows(mel, float(at[0]), tempo))
-            values.append(_between(value, at))
-            weights.append(weight[nearest] * _inside(at, len(value)))
-        out = _stack(values)
-        return Batch(_stack(rows), out[..., :BASIS_SIZE], _stack(weights), out[..., BASIS_SIZE:])
-
-    def synthetic(self, count: int) -> tuple[Batch, Tensor]:
-        """The batch has no motion of its own but the teacher's; classes are (b, n)."""
-        rows, values, weights, classes = [], [], [], []
-        for i in self._rng.integers(len(self._voices), size=count):
-            spoken, value = self._voices[i]
-            at, tempo = self._steps(len(value))
-            nearest, inside = np.clip(np.round(at).astype(int), 0, len(value) - 1), _inside(at, len(value))
-            rows.append(self._rows(spoken.rows, float(at[0]), tempo))
-            values.append(_between(value, at))
-            classes.append(np.where(inside > 0, spoken.classes[nearest], int(Viseme.SILENCE)))
-            weights.append(np.where(inside > 0, spoken.centred[nearest], np.float32(1)))
-        taught = _stack(values)
-        batch = Batch(_stack(rows), taught[..., :BASIS_SIZE], _stack(weights), taught)
-        return batch, torch.from_numpy(np.stack(classes))
-
-    def recorded(self, count: int) -> tuple[Tensor, Tensor]:
-        """Rows (b, r, 64), and what the teacher says of them (b, n, k + 64)."""
-        rows, values = [], []
-        for i in self._rng.integers(len(self._recordings), size=count):
-            mel, value = self._recordings[i]
-            at, tempo = self._steps(len(value))
-            rows.append(self._rows(mel, float(at[0]), tempo))
-            values.append(_between(value, at))
-        return _stack(rows), _stack(values)
+_BEFORE_STEPS = 20  # of silence that is heard before and after each sound
+_PIECE = 250  # steps that are varied alike
+_PLAIN = 0.15  # how often a sound is taken as it is
+_STILL_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Rows (b, r, 64), coefficients (b, n, k), weights (b, n), and the teacher's coefficients and features (b, n, k + 64)."""
+class Heard:
+    """Features (m, 512) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
 
-    rows: Tensor
-    motion: Tensor
+    features: npt.NDArray[np.float16]
+    first: float
+    tempo: float
+
+
+class Hearing:
+    """What the sound net, which does not learn, makes of sounds: once as they are and `variants` times varied."""
+
+    def __init__(self, sound: SoundNet, variants: int, seed: int) -> None:
+        self._sound, self._variants, self._seed = sound, variants, seed
+
+    def of(self, rows: F32, index: int) -> list[Heard]:
+        """Of equalised rows (r, 64), as they are first; `index` tells one sound's variants from another's."""
+        return [self.once(rows)] + [
+            self._varied(rows, np.random.default_rng([self._seed, index, i])) for i in range(self._variants)
+        ]
+
+    def once(self, rows: F32) -> Heard:
+        """As it is."""
+        first = -_BEFORE_STEPS
+        given = self._rows(rows, first, len(rows) // MEL_PER_STEP + 2 * _BEFORE_STEPS, 1.0)
+        return Heard(self._hear(given), first, 1.0)
+
+    def _varied(self, rows: F32, rng: np.random.Generator) -> Heard:
+        tempo = float(np.exp(rng.uniform(-0.15, 0.15))) if rng.random() < 0.6 else 1.0
+        first = -_BEFORE_STEPS - 0.5 * float(rng.integers(2))
+        count = int((len(rows) // MEL_PER_STEP + 2 * _BEFORE_STEPS) / tempo)
+        given = self._rows(rows, first, count, tempo)
+        pieces = []
+        for at in range(0, count, _PIECE):
+            end = min(at + _PIECE, count)
+            piece = given[:, MEL_PER_STEP * at : MEL_PER_STEP * end + self._sound.extra_rows]
+            pieces.append(self._hear(augment(piece.clone(), rng)))
+        return Heard(np.concatenate(pieces), first, tempo)
+
+    def _rows(self, rows: F32, first: float, count: int, tempo: float) -> Tensor:
+        context = self._sound.extra_rows
+        before = first * MEL_PER_STEP - (context + 1) * tempo
+        return torch.from_numpy(padded_rows(rows, before, MEL_PER_STEP * count + context, tempo)[None])
+
+    def _hear(self, rows: Tensor) -> npt.NDArray[np.float16]:
+        with torch.no_grad():
+            return np.asarray(self._sound(rows)[0].T.numpy(), np.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """One sound to learn from: how it is heard, what belongs to each of its steps (n, columns), and how far that counts (n,);
+    synthetic speech also says what each step is, a :class:`Viseme` (n,)."""
+
+    heard: list[Heard]
+    values: F32
+    weight: F32
+    classes: npt.NDArray[np.int64]
+    beyond: float = 0.0  # how far silence before and after it counts
+
+
+class Examples:
+    """Random windows of sounds with what belongs to them."""
+
+    def __init__(self, sounds: list[Sound], context_steps: int, rng: np.random.Generator, *, by_length: bool) -> None:
+        """`by_length`: longer sounds are taken more often."""
+        self._sounds, self._rng = sounds, rng
+        self._half = context_steps // 2
+        known = [min(float(s.weight.sum()), 400.0) ** 0.7 if by_length else 1.0 for s in sounds]
+        self._share = np.array(known) / sum(known)
+
+    def take(self, count: int) -> Taken:
+        taken = [self._window(self._sounds[i]) for i in self._rng.choice(len(self._sounds), count, p=self._share)]
+        features, values, weight, classes = zip(*taken, strict=True)
+        return Taken(_stack(features), _stack(values), _stack(weight), torch.from_numpy(np.stack(classes)))
+
+    def _window(self, sound: Sound) -> tuple[F32, F32, F32, npt.NDArray[np.int64]]:
+        rng = self._rng
+        varied = len(sound.heard) > 1 and rng.random() >= _PLAIN
+        heard = sound.heard[int(rng.integers(1, len(sound.heard)))] if varied else sound.heard[0]
+        length, half = len(heard.features), self._half
+        at = int(rng.integers(-WINDOW // 4, max(length - WINDOW // 2 - 2 * half, 1)))
+        features = heard.features[np.clip(at + np.arange(WINDOW + 2 * half), 0, length - 1)]
+        steps = heard.first + (at + half + np.arange(WINDOW) - _ahead(half)) * heard.tempo
+        last = len(sound.values) - 1
+        inside = (steps >= 0) & (steps <= last)
+        near = np.clip(np.round(steps).astype(int), 0, last)
+        weight = np.where(inside, sound.weight[near], np.float32(sound.beyond))
+        classes = np.where(inside, sound.classes[near], int(Viseme.SILENCE))
+        return features.T.astype(np.float32), _between(sound.values, steps), weight, classes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """Features (b, 512, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
+
+    features: Tensor
+    values: Tensor
     weight: Tensor
-    taught: Tensor
+    classes: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(v.to(device) for v in (self.rows, self.motion, self.weight, self.taught)))
+    def to(self, device: torch.device) -> Taken:
+        return Taken(*(v.to(device) for v in (self.features, self.values, self.weight, self.classes)))
+
+
+def _ahead(half: int) -> float:
+    """How many steps after an output the last row lies that the middle of its features is told from."""
+    return LOOK_AHEAD_ROWS / MEL_PER_STEP - half
+
+
+def clip_sound(motion: Motion, lesson: Lesson, heard: list[Heard]) -> Sound:
+    """Columns: the clip's own motion, then the lesson. The clip's lag becomes that of the lesson."""
+    motion.lag_s = lesson.lag_s
+    target, weight = motion.targets()
+    values = np.concatenate([target, _joined(lesson, len(target))], axis=1)
+    return Sound(heard, values, weight, np.zeros(len(values), np.int64))
+
+
+def said_sound(spoken: Spoken, lesson: Lesson, heard: list[Heard]) -> Sound:
+    """Columns: the lesson, at rest in silence, of which the teacher knows nothing. Before and after it there is silence, which
+    counts."""
+    values = _joined(lesson, len(spoken.classes))
+    speaks = (spoken.classes != Viseme.SILENCE).astype(np.float32)
+    values[:, :BASIS_SIZE] *= np.convolve(np.pad(speaks, 2, mode="edge"), np.full(5, 0.2), "valid")[:, None]
+    return Sound(heard, values, spoken.centred, spoken.classes, beyond=1.0)
+
+
+def recorded_sound(rows: F32, lesson: Lesson, heard: list[Heard]) -> Sound:
+    """Columns: the lesson."""
+    values = _joined(lesson, len(rows) // MEL_PER_STEP)
+    return Sound(heard, values, np.ones(len(values), np.float32), np.zeros(len(values), np.int64))
 
 
 def _joined(lesson: Lesson, steps: int) -> F32:
@@ -165,18 +221,14 @@ def _joined(lesson: Lesson, steps: int) -> F32:
     return both[np.minimum(np.arange(steps), len(both) - 1)]
 
 
-def _between(values: F32, at: npt.NDArray[np.float64]) -> F32:
+def _between(values: F32, at: npt.NDArray[np.floating]) -> F32:
     low = np.clip(np.floor(at).astype(int), 0, len(values) - 2)
     part = np.clip(at - low, 0, 1)[:, None].astype(np.float32)
     return np.asarray(values[low] * (1 - part) + values[low + 1] * part, np.float32)
 
 
-def _inside(at: npt.NDArray[np.float64], count: int) -> F32:
-    return ((at >= 0) & (at <= count - 1)).astype(np.float32)
-
-
-def _stack(arrays: list[F32]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays).astype(np.float32))
+def _stack(arrays: Sequence[F32]) -> Tensor:
+    return torch.from_numpy(np.stack(list(arrays)).astype(np.float32))
 
 
 def augment(rows: Tensor, rng: np.random.Generator) -> Tensor:
@@ -226,12 +278,11 @@ def augment(rows: Tensor, rng: np.random.Generator) -> Tensor:
     return x
 
 
-def still(count: int, steps: int, extra: int, rng: np.random.Generator) -> Tensor:
-    """Rows (b, r, 64) in which nobody speaks: noise of any level and colour."""
-    shape = (count, MEL_PER_STEP * steps + extra, 64)
-    line = torch.linspace(1, -1, 64)
+def still(count: int, rows: int, rng: np.random.Generator) -> Tensor:
+    """Log-mel rows (count, rows, 64) in which nobody speaks: noise of any level and colour."""
+    line = torch.linspace(1, -1, MEL_BINS)
     level = float(SILENCE) + _uniform(rng, count, 1, 1) * 6 + _normal(rng, count, 1, 1) * line
-    return (level + torch.randn(shape) * 0.6 * _uniform(rng, count, 1, 1)).clamp(min=float(SILENCE))
+    return (level + torch.randn(count, rows, MEL_BINS) * 0.6 * _uniform(rng, count, 1, 1)).clamp(min=float(SILENCE))
 
 
 def _uniform(rng: np.random.Generator, *shape: int) -> Tensor:
@@ -269,8 +320,8 @@ def motion_loss(out: Tensor, target: Tensor, weight: Tensor, readout: Readout) -
 
 
 def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Readout) -> Tensor:
-    """Lips closed at p b m, nearly so at f v, open at a; at rest in silence."""
-    gap = out @ readout.gap / 0.07
+    """Lips closed at p b m, nearly so at f v, open at a, narrow at w u o; at rest in silence."""
+    gap, width = out @ readout.gap / 0.07, out @ readout.width / 0.07
 
     def mean(lack: Tensor, viseme: Viseme) -> Tensor:
         w = weight * (classes == viseme)
@@ -282,7 +333,8 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
         mean((middle - _CLOSED_GAP / 0.07).relu(), Viseme.CLOSED)
         + 0.5 * mean((gap - _BITTEN_GAP / 0.07).relu(), Viseme.LIP_TEETH)
         + 0.3 * mean((_OPEN_GAP / 0.07 - gap).relu(), Viseme.OPEN)
-        + 0.3 * mean(out.abs().mean(-1), Viseme.SILENCE)
+        + 0.3 * mean((width - _ROUND_WIDTH / 0.07).relu(), Viseme.ROUND)
+        + 0.6 * mean(out.abs().mean(-1), Viseme.SILENCE)
     )
 
 
@@ -291,135 +343,156 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    iterations: int = 1700
+    heads: int = 4
+    plain: int = 1  # of them: they hear the rows alone
+    iterations: int = 1000
     batch: int = 12
-    synthetic: int = 8
-    recorded: int = 0
-    channels: int = 160
-    hidden: int | None = None
-    dropout: float = 0.1
+    synthetic: int = 6
+    recorded: int = 12
+    variants: int = 8  # of each clip; of synthetic speech half as many, of recordings a quarter
+    channels: int = 128
+    dropout: float = 0.3
+    feature_dropout: float = 0.2
     rate: float = 2e-3
-    decay: float = 0.05
+    decay: float = 0.1
     articulation: float = 0.25
-    taught: float = 1.0  # how much the teacher counts; 0 learns from the clips alone
+    taught: float = 0.6  # how much the teacher counts
     seed: int = 0
 
 
 class Student(nn.Module):
-    """The network with two more heads, for training alone: one names the viseme, one the recogniser's features."""
+    """A head with two more ends, for training alone: one names the viseme, one the recogniser's features."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, *, plain: bool) -> None:
         super().__init__()
-        self.net = MotionNet(BASIS_SIZE, channels=options.channels, dropout=options.dropout, hidden=options.hidden)
+        self.head = MotionHead(
+            BASIS_SIZE,
+            options.channels,
+            dropout=options.dropout,
+            feature_dropout=options.feature_dropout,
+            plain=plain,
+        )
         self.viseme = nn.Conv1d(options.channels, len(Viseme), 1)
         self.features = nn.Conv1d(options.channels, COMPONENTS, 1)
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heard = self.net.listen(rows)
-        return self.net.head(heard).transpose(1, 2), self.viseme(heard), self.features(heard).transpose(1, 2)
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heard = self.head.listen(features)
+        told: Tensor = self.head.leave(heard)
+        return told.transpose(1, 2), self.viseme(heard), self.features(heard).transpose(1, 2)
 
 
-def train(
-    motions: list[Motion],
-    voices: dict[str, Spoken],
-    lessons: dict[str, Lesson],
-    basis: MotionBasis,
-    options: Options,
-    save: Path,
-    start: Path | None = None,
-    machine: Machine = CPU,
-    recordings: dict[str, F32] | None = None,
-) -> MotionNet:
-    """Train on `motions` (their lags become those of the lessons), `voices` and `recordings` (their equalised rows), from the
-    weights `start` if given.
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """All that is learned from."""
 
-    `save` has the averaged weights.
-    """
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    clips: list[Sound]
+    said: list[Sound]
+    recorded: list[Sound]
+    noise: Tensor  # features (b, 512, WINDOW + context) of sound in which nobody speaks
+
+    @classmethod
+    def of(
+        cls,
+        motions: list[Motion],
+        voices: dict[str, Spoken],
+        recordings: dict[str, F32],
+        lessons: dict[str, Lesson],
+        sound: SoundNet,
+        options: Options,
+    ) -> Material:
+        """From clips (their lags become those of the lessons), synthetic speech, and the equalised rows of recordings."""
+        clip, voice, record = (
+            Hearing(sound, max(options.variants // part, 1), options.seed + part) for part in (1, 2, 4)
+        )
+        rng = np.random.default_rng(options.seed)
+        rows = MEL_PER_STEP * (WINDOW + MotionHead(BASIS_SIZE, 1).context_steps) + sound.extra_rows
+        with torch.no_grad():
+            noise = sound(still(_STILL_WINDOWS, rows, rng))
+        return cls(
+            [clip_sound(m, lessons[m.row.name], clip.of(m.even, i)) for i, m in enumerate(motions)],
+            [said_sound(v, lessons[n], voice.of(v.rows, i)) for i, (n, v) in enumerate(voices.items())],
+            [recorded_sound(r, lessons[n], record.of(r, i)) for i, (n, r) in enumerate(recordings.items())],
+            noise,
+        )
+
+
+def train_head(
+    material: Material, readout: Readout, options: Options, index: int, machine: Machine = CPU
+) -> MotionHead:
+    """One of the heads: `index` sets its seed, and the last ones are those that hear the rows alone."""
+    seed = options.seed + index
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     device = machine.device
-    readout = Readout.of(basis).to(device)
-    student, average = Student(options).to(device), Student(options).to(device)
-    if start is not None:
-        known = torch.load(start, map_location="cpu", weights_only=True)
-        student.net.load_state_dict(known if options.hidden is None else narrowed(known, options.hidden))
-    average.load_state_dict(student.state_dict())
-    average.eval()
-    examples = Examples(motions, voices, recordings or {}, lessons, student.net, rng)
+    readout = readout.to(device)
+    student = Student(options, plain=index >= options.heads - options.plain).to(device)
+    context = student.head.context_steps
+    sources = [
+        (Examples(sounds, context, rng, by_length=sounds is material.clips), count)
+        for sounds, count in (
+            (material.clips, options.batch), (material.said, options.synthetic), (material.recorded, options.recorded)
+        )
+        if count and sounds
+    ]  # fmt: skip
     optimiser = torch.optim.AdamW(student.parameters(), options.rate, weight_decay=options.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, options.rate, total_steps=options.iterations, pct_start=0.1
     )
     classes_weight = torch.tensor(_VISEME_WEIGHTS, device=device)
+    said = slice(options.batch, options.batch + options.synthetic)
     began = time.monotonic()
     for step in range(options.iterations):
-        real = examples.real(options.batch).to(device)
-        said, classes = examples.synthetic(options.synthetic)
-        said, classes = said.to(device), classes.to(device)
-        nobody = still(max(options.batch // 12, 1), WINDOW, student.net.extra_rows, rng).to(device)
-        heard, taught = [real.rows, said.rows], [real.taught, said.taught]
-        if options.recorded:
-            for to, more in zip((heard, taught), examples.recorded(options.recorded), strict=True):
-                to.append(more.to(device))
-        rows = torch.cat([augment(torch.cat(heard), rng), nobody])
+        taken = [source.take(count).to(device) for source, count in sources]
+        own = taken[0].values[..., :BASIS_SIZE]
+        lesson = torch.cat([taken[0].values[..., BASIS_SIZE:], *(t.values for t in taken[1:])])
+        noise = material.noise[torch.from_numpy(rng.integers(len(material.noise), size=2))].to(device)
+        known = sum(len(t.features) for t in taken)  # windows that the teacher speaks of
         with machine.precision():
-            told = student(rows)
+            told = student(torch.cat([*(t.features for t in taken), noise]))
         out, named, features = (t.float() for t in told)
-        first, last = options.batch, options.batch + options.synthetic
-        spoken, lesson = out[first:last], torch.cat(taught)
-        known = len(lesson)  # windows that the teacher speaks of
-        name = functional.cross_entropy(named[first:last], classes, classes_weight, reduction="none")
+        ones = torch.ones_like(out[:known, :, 0])
         loss = (
-            0.6 * motion_loss(out[:first], real.motion, real.weight, readout)
-            + options.taught
-            * 0.6
-            * motion_loss(out[:known], lesson[..., :BASIS_SIZE], torch.ones_like(lesson[..., 0]), readout)
-            + options.taught * 0.5 * functional.smooth_l1_loss(features[:known], lesson[..., BASIS_SIZE:])
-            + options.articulation * articulation_loss(spoken, classes, said.weight, readout)
-            + 0.2 * (name * said.weight).mean()
-            + 0.05 * out[known:].abs().mean()
+            0.6 * motion_loss(out[: options.batch], own, taken[0].weight, readout)
+            + options.taught * motion_loss(out[:known], lesson[..., :BASIS_SIZE], ones, readout)
+            + 0.5 * options.taught * functional.smooth_l1_loss(features[:known], lesson[..., BASIS_SIZE:])
+            + 0.1 * out[known:].abs().mean()
         )
+        if options.synthetic:
+            spoken = taken[1]
+            name = functional.cross_entropy(named[said], spoken.classes, classes_weight, reduction="none")
+            loss = loss + 0.2 * (name * spoken.weight).mean()
+            loss = loss + options.articulation * articulation_loss(out[said], spoken.classes, spoken.weight, readout)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        follow(average, student, min(0.996, step / (step + 50)))
         if (step + 1) % 250 == 0 or step + 1 == options.iterations:
-            save.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(average.net.state_dict(), save)
             print(f"{step + 1}: loss {loss.item():.3f}, {time.monotonic() - began:.0f} s", flush=True)
-    return average.net.cpu()
+    return student.head.cpu().eval()
 
 
-def narrowed(state: dict[str, Tensor], hidden: int) -> dict[str, Tensor]:
-    """The weights of a network with only the `hidden` strongest channels within each block."""
-    out = dict(state)
-    for block in (k.removesuffix("wide.bias") for k in state if k.endswith("wide.bias")):
-        wide, point = state[f"{block}wide.weight"], state[f"{block}point.weight"]
-        strength = wide.flatten(1).norm(dim=1) * point[:, :, 0].norm(dim=0)
-        kept = strength.argsort(descending=True)[:hidden].sort().values
-        out |= {f"{block}wide.weight": wide[kept], f"{block}wide.bias": state[f"{block}wide.bias"][kept]}
-        out[f"{block}point.weight"] = point[:, kept]
-    return out
-
-
-def middle(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mean of two networks' weights."""
-    return {k: (v + other[k]) / 2 if v.dtype.is_floating_point else v for k, v in one.items()}
-
-
-def follow(average: nn.Module, student: nn.Module, keep: float) -> None:
-    """Move the weights of `average` towards those of `student`, of which it keeps the share `keep` of its own."""
+def train(
+    motions: list[Motion],
+    material: Material,
+    sound: SoundNet,
+    readout: Readout,
+    options: Options,
+    machine: Machine = CPU,
+) -> MotionNet:
+    """The heads, which learn apart; what they say together is brought to the size of the clips' motion."""
+    heads = [train_head(material, readout, options, i, machine) for i in range(options.heads)]
+    net = MotionNet(sound, heads).eval()
+    amount = gain(net, motions, readout)
     with torch.no_grad():
-        for a, s in zip(average.state_dict().values(), student.state_dict().values(), strict=True):
-            if a.dtype.is_floating_point:
-                a.mul_(keep).add_(s, alpha=1 - keep)
-            else:
-                a.copy_(s)
+        for head in heads:
+            for tensor in head.leave.parameters():
+                tensor.mul_(amount)
+    print(f"gain {amount:.2f}")
+    return net
 
 
-def predict(net: MotionNet | MotionPair, rows: F32) -> F32:
+def predict(net: MotionNet, rows: F32) -> F32:
     """Coefficients (n, k) for each 20 ms of all the rows of a clip."""
     steps = len(rows) // MEL_PER_STEP
     context = padded_rows(rows, -net.left_rows, steps * MEL_PER_STEP + net.extra_rows)
@@ -503,9 +576,7 @@ def usual_mouth(motions: list[Motion]) -> F32:
     return np.asarray(np.mean([(t * w[:, None]).sum(axis=0) / w.sum() for t, w in told], axis=0), np.float32)
 
 
-def figures(
-    net: MotionNet | MotionPair, motions: list[Motion], voices: list[Spoken], basis: MotionBasis, usual: F32
-) -> Figures:
+def figures(net: MotionNet, motions: list[Motion], voices: list[Spoken], basis: MotionBasis, usual: F32) -> Figures:
     """`usual` (k,) is the mean mouth of the people learned from."""
     readout = Readout.of(basis)
     rows = readout.gap.numpy(), readout.width.numpy()
@@ -538,7 +609,7 @@ def figures(
     )  # fmt: skip
 
 
-def _articulation(net: MotionNet | MotionPair, voices: list[Spoken], readout: Readout) -> tuple[float, float, float]:
+def _articulation(net: MotionNet, voices: list[Spoken], readout: Readout) -> tuple[float, float, float]:
     closed, opened, quiet = [], [], []
     for spoken in voices:
         out = predict(net, spoken.rows)
@@ -567,88 +638,80 @@ def main() -> None:
     usual = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["basis", "train", "evaluate"])
-    parser.add_argument("--data", type=Path, default=Path("work/data"), help="packed clips and voices")
-    parser.add_argument("--weights", type=Path, default=Path("work/weights"))
+    parser.add_argument("--data", type=Path, default=Path("work/data"), help="packed clips, voices and recordings")
+    parser.add_argument("--weights", type=Path, default=Path("work/weights"), help="has sound.pt and the basis")
     parser.add_argument("--name", default="motion", help="of the weights file")
-    parser.add_argument("--second", help="evaluate: the weights file to hear with it as a pair")
-    parser.add_argument("--start", type=Path, help="weights to go on from")
-    parser.add_argument(
-        "--middle", action="store_true", help="save the mean of the weights of --start and of those learned"
-    )
-    parser.add_argument("--iterations", type=int, default=usual.iterations)
+    parser.add_argument("--heads", type=int, default=usual.heads, help="whose mean is heard")
+    parser.add_argument("--plain", type=int, default=usual.plain, help="heads that hear log-mel rows alone")
+    parser.add_argument("--iterations", type=int, default=usual.iterations, help="of each head")
     parser.add_argument("--rate", type=float, default=usual.rate, help="of learning, at its highest")
     parser.add_argument("--decay", type=float, default=usual.decay, help="of the weights")
     parser.add_argument("--channels", type=int, default=usual.channels)
-    parser.add_argument("--hidden", type=int, help="channels within a block, if not as many")
     parser.add_argument("--dropout", type=float, default=usual.dropout)
     parser.add_argument("--articulation", type=float, default=usual.articulation)
     parser.add_argument("--taught", type=float, default=usual.taught, help="how much the teacher counts")
     parser.add_argument("--batch", type=int, default=usual.batch, help="windows of clips")
     parser.add_argument("--synthetic", type=int, default=usual.synthetic, help="windows of synthetic speech")
     parser.add_argument("--recorded", type=int, default=usual.recorded, help="windows of recorded speech")
+    parser.add_argument("--variants", type=int, default=usual.variants, help="of each clip's sound")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a small network, a few iterations")
+    parser.add_argument("--smoke", action="store_true", help="two small heads, a few iterations")
     add_options(parser)
     args = parser.parse_args()
     machine = machine_of(args)
-    if args.middle and args.start is None:
-        parser.error("--middle needs --start, the other weights of the mean.")
     torch.set_num_threads(args.threads)
     basis_path, weights_path = args.weights / "beaver_basis.npz", args.weights / f"{args.name}.pt"
     if args.step == "basis":
         write_basis(learn_basis(load_all(args.data), BASIS_SIZE), basis_path)
         return
     basis = read_basis(basis_path)
+    readout = Readout.of(basis)
     motions, voices = load_all(args.data, basis), load(args.data / "voices.npz")
     held = max(len(voices) // 10, 1)  # sentences that measure
     trained = [m for m in motions if m.row.split == "train" and m.targets()[1].sum() > 10]
     if args.step == "train":
         options = Options(
+            heads=2 if args.smoke else args.heads,
+            plain=args.plain,
             iterations=6 if args.smoke else args.iterations,
-            channels=32 if args.smoke and args.start is None else args.channels,
-            hidden=args.hidden,
-            dropout=args.dropout,
-            articulation=args.articulation,
-            taught=args.taught,
             batch=args.batch,
             synthetic=args.synthetic,
             recorded=args.recorded,
+            variants=1 if args.smoke else args.variants,
+            channels=16 if args.smoke else args.channels,
+            dropout=args.dropout,
             rate=args.rate,
             decay=args.decay,
+            articulation=args.articulation,
+            taught=args.taught,
             seed=args.seed,
         )
         lessons = read_lessons(args.data / "taught.npz")
-        heard = {voice_name(i): v for i, v in enumerate(voices) if i >= held}
         recordings = load_recordings(args.data / "recordings.npz") if options.recorded else []
-        if options.recorded and recording_name(len(recordings) - 1) not in lessons:
+        if recordings and recording_name(len(recordings) - 1) not in lessons:
             parser.error(
-                f"{args.data} has no recordings, or none in taught.npz: run training.recordings, then the teacher."
+                f"{args.data}/taught.npz knows nothing of the recordings: run the teacher again, or --recorded 0."
             )
-        recorded = {recording_name(i): rows_of(sound) for i, sound in enumerate(recordings)}
-        net = train(trained, heard, lessons, basis, options, weights_path, args.start, machine, recorded)
-        amount = gain(net, trained, Readout.of(basis))
-        state = net.state_dict()
-        for key in ("head.2.weight", "head.2.bias"):
-            state[key].mul_(amount)
-        if args.middle:
-            known = torch.load(args.start, map_location="cpu", weights_only=True)
-            state = middle(state, known if args.hidden is None else narrowed(known, args.hidden))
-        torch.save(state, weights_path)
-        print(f"gain {amount:.2f}")
-    heard_net: MotionNet | MotionPair = load_net(weights_path)
-    if args.second is not None:
-        second = load_net(args.weights / f"{args.second}.pt")
-        heard_net = MotionPair(load_net(weights_path), second, Readout.of(basis).gap).eval()
+        sound = load_sound(args.weights / "sound.pt")
+        material = Material.of(
+            trained,
+            {voice_name(i): v for i, v in enumerate(voices) if i >= held},
+            {recording_name(i): rows_of(pcm) for i, pcm in enumerate(recordings)},
+            lessons,
+            sound,
+            options,
+        )
+        net = train(trained, material, sound, readout, options, machine)
+        torch.save(net.state_dict(), weights_path)
     unmet = [m for m in motions if m.row.split == "validate" and m.row.seconds > 2 and m.targets()[1].sum() > 25]
-    result = asdict(figures(heard_net, unmet, voices[:held], basis, usual_mouth(trained)))
+    result = asdict(figures(load_net(weights_path), unmet, voices[:held], basis, usual_mouth(trained)))
     print(json.dumps({k: round(v, 3) if np.isfinite(v) else None for k, v in result.items()}))
 
 
 def load_net(path: Path) -> MotionNet:
     """The network of a weights file, of the size that its tensors tell."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return MotionNet.of(state).eval()
+    return MotionNet.of(torch.load(path, map_location="cpu", weights_only=True)).eval()
 
 
 if __name__ == "__main__":

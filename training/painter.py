@@ -26,7 +26,6 @@ from beavervision.models.mesh import INNER_LIP, IndexArray, fit_pose
 from beavervision.models.nets.beaver import PainterNet
 from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, read_points, unpack_points
 from training.machine import CPU, Machine, add_options, machine_of
-from training.motion import follow
 from training.pack import read_crops
 
 WIDTH, HEIGHT = PAINT_SIZE
@@ -278,6 +277,16 @@ def figures(net: PainterNet, unmet: list[Mouths]) -> tuple[float, float]:
         painted = ((net(given) - wanted).abs() * mask).sum() / mask.sum() / 3
     copied = ((given[:, 4:7] - wanted).abs() * mask).sum() / mask.sum() / 3
     return float(painted), float(copied)
+
+
+def follow(average: nn.Module, student: nn.Module, keep: float) -> None:
+    """Move the weights of `average` towards those of `student`, of which it keeps the share `keep` of its own."""
+    with torch.no_grad():
+        for a, s in zip(average.state_dict().values(), student.state_dict().values(), strict=True):
+            if a.dtype.is_floating_point:
+                a.mul_(keep).add_(s, alpha=1 - keep)
+            else:
+                a.copy_(s)
 
 
 def main() -> None:

@@ -647,7 +647,7 @@ class _Model:
 
 class _Beaver(_Model):
     card = BEAVER
-    row_ahead_ms = 10.0 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 20.0  # and one step, to interpolate
+    row_ahead_ms = 10.0 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 10.0  # and one row, to interpolate
     front_end = "logmel"
     seams = False
 

@@ -14,7 +14,7 @@ from beavervision.models.runtime import OnnxNet
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 
 # The motion net's context, in log-mel rows: before a step's own row, and all rows beyond two for each step.
-LEFT_ROWS, EXTRA_ROWS = 79, 90
+LEFT_ROWS, EXTRA_ROWS = 34, 46
 SILENT_ROW = float(np.log(1e-5))  # a log-mel row of digital silence
 
 
@@ -107,12 +107,12 @@ def torch_net(name: str, device: str, threads: int) -> Net:
         from safetensors.torch import load as tensors
         from torch.nn import Module
 
-        from beavervision.models.nets.beaver import MotionPair, PainterNet
+        from beavervision.models.nets.beaver import MotionNet, PainterNet
     except ImportError as error:
         raise ModelError(f"beaver cannot run on {device}. {INSTALL_TORCH}") from error
     state = tensors(load_data(f"beaver_{name}.safetensors"))
     if name == "motion":
-        module: Module = MotionPair.of(state)
+        module: Module = MotionNet.of(state)
     else:
         module = PainterNet()
         module.load_state_dict(state)

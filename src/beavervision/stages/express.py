@@ -160,35 +160,40 @@ class _Warp:
 
     def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
         planes = _Planes.of(picture, region)
-        places = self._places(region)
         step = self._step
         for row in range(0, len(self._moves), _ROWS):
             strip = self._moves[row : row + _ROWS]
             used = np.flatnonzero(strip.max(axis=0))
             if used.size:
-                x, y = self._x + int(used[0]) * step, self._y + row * step
-                planes.draw(*places.box(x, y, self._x + (int(used[-1]) + 1) * step, y + len(strip) * step))
+                left, top = self._x + int(used[0]) * step, self._y + row * step
+                right = self._x + (int(used[-1]) + 1) * step
+                planes.draw(*self._places(left, top, right, top + len(strip) * step, region))
         for eye in eyes:
-            x, y, where, _ = places.box(*_in_twos(eye.box(self._moved_at(eye.middle))))
+            x, y, where = self._places(*_in_twos(eye.box(self._moved_at(eye.middle))), region)
             where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4].copy()
             if where.size:
                 layers = eye.place(where)
-                planes.draw(x, y, where, _halved(where))
+                planes.draw(x, y, where)
                 for layer in layers:
-                    planes.draw(x + layer.x, y + layer.y, layer.where, _halved(layer.where), layer.alpha)
-        return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
+                    planes.draw(x + layer.x, y + layer.y, layer.where, layer.alpha)
+        return planes.picture(picture)
 
-    def _places(self, region: Region) -> _Places:
-        """Where all pixels and chroma samples within the region come from."""
+    def _places(self, x: int, y: int, right: int, bottom: int, region: Region) -> tuple[int, int, F32]:
+        """Of a box, as far as it lies within the grid and the region: its first pixel, and where its pixels (h, w, 2) come from.
+        All are even."""
         rows, columns = self._moves.shape
-        step, grid = self._step, self._grid
-        left, top = max(0, -self._x), max(0, -self._y)
-        right = max(min(columns * step, region.width_px - self._x), left)
-        bottom = max(min(rows * step, region.height_px - self._y), top)
-        where = places_of(grid, step, self._x, self._y)[top:bottom, left:right]
-        where_c = places_of(grid * np.float32(0.5), step // 2, self._x // 2, self._y // 2)
-        where_c = where_c[top // 2 : bottom // 2, left // 2 : right // 2]
-        return _Places(self._x + left, self._y + top, where, where_c)
+        step = self._step
+        x, y = max(x, self._x, 0), max(y, self._y, 0)
+        right = max(min(right, self._x + columns * step, region.width_px), x)
+        bottom = max(min(bottom, self._y + rows * step, region.height_px), y)
+        # One cell more on each side, between whose middle and the next one the outer pixels lie.
+        first, top = max((x - self._x) // step - 1, 0), max((y - self._y) // step - 1, 0)
+        cells = self._grid[top : -(-(bottom - self._y) // step) + 1, first : -(-(right - self._x) // step) + 1]
+        if right == x or bottom == y:
+            return x, y, np.zeros((0, 0, 2), np.float32)
+        left, above = self._x + first * step, self._y + top * step
+        where = places_of(cells, step, left, above)
+        return x, y, where[y - above : bottom - above, x - left : right - left]
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
@@ -206,28 +211,12 @@ def _in_twos(box: F32) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Places:
-    """Where the pixels of a rectangle of the region, its corner at (x, y), come from, and its chroma samples."""
-
-    x: int
-    y: int
-    where: F32
-    where_c: F32
-
-    def box(self, x: int, y: int, right: int, bottom: int) -> tuple[int, int, F32, F32]:
-        """Of a box of it, all even: its first pixel, and the same of what lies in it (views)."""
-        x, y = max(x, self.x), max(y, self.y)
-        rows, columns = slice(y - self.y, max(bottom - self.y, 0)), slice(x - self.x, max(right - self.x, 0))
-        half_rows, half_columns = (slice(s.start // 2, s.stop // 2) for s in (rows, columns))
-        return x, y, self.where[rows, columns], self.where_c[half_rows, half_columns]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Planes:
     """The planes of a picture and, of a region, what is drawn from and drawn to. It is interpolated in floats, which is faster."""
 
     new: tuple[U8, U8, U8]
-    old: tuple[F32, F32, F32]
+    luma: F32  # (h, w), as it was
+    chroma: F32  # (h / 2, w / 2, 2)
     to: tuple[U8, U8, U8]  # views of `new`
 
     @classmethod
@@ -235,25 +224,29 @@ class _Planes:
         new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
         luma, chroma = region.slices
         to = (new[0][luma], new[1][chroma], new[2][chroma])
-        return cls(new, (to[0].astype(np.float32), to[1].astype(np.float32), to[2].astype(np.float32)), to)
+        return cls(new, to[0].astype(np.float32), cv2.merge([to[1], to[2]]).astype(np.float32), to)
 
-    def draw(self, x: int, y: int, where: F32, where_c: F32, alpha: F32 | None = None) -> None:
-        """Draw what comes from `where`, chroma from `where_c`, with its corner at (x, y), all even; `alpha` mixes it in."""
+    def draw(self, x: int, y: int, where: F32, alpha: F32 | None = None) -> None:
+        """Draw what comes from `where` with its corner at (x, y), all even; `alpha` mixes it in."""
         if not where.size:
             return
-        luma = _remap(self.old[0], where, cv2.INTER_CUBIC)
+        luma = _remap(self.luma, where, cv2.INTER_CUBIC)
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
         self._put(0, x, y, luma, alpha)
+        half = _remap(self.chroma, _halved(where), cv2.INTER_LINEAR)
         if alpha is not None:
-            alpha = np.asarray(cv2.resize(alpha, where_c.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
-        for i in (1, 2):
-            self._put(i, x // 2, y // 2, _remap(self.old[i], where_c, cv2.INTER_LINEAR), alpha)
+            alpha = np.asarray(cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
+        for plane, new in enumerate(cv2.split(half), start=1):
+            self._put(plane, x // 2, y // 2, np.asarray(new, np.float32), alpha)
 
     def _put(self, plane: int, x: int, y: int, new: F32, alpha: F32 | None) -> None:
         to = self.to[plane][y : y + new.shape[0], x : x + new.shape[1]]
         if alpha is not None:
             new = to + (new - to) * alpha
         cv2.convertScaleAbs(new, to)
+
+    def picture(self, of: Picture) -> Picture:
+        return replace(of, y=self.new[0], u=self.new[1], v=self.new[2])
 
 
 def _halved(where: F32) -> F32:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from math import ceil, floor
 
 import cv2
 import numpy as np
@@ -38,10 +39,10 @@ from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE, Equali
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.warp import Opening, triangle_flow, warped
 
-MEL_PER_STEP = 2
-STEP = Fraction(1, 50)  # seconds of one motion step
+MEL_PER_STEP = 2  # rows for each motion step
+ROW = Fraction(1, 100)  # seconds from one log-mel row to the next
 _AMPLITUDES = (0.75, 1.35)
-_UNMET_GAIN = 1.22  # motion heard from strangers comes out that much too small (81 % of the truth's spread on them)
+_UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (87 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
 _RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
@@ -71,7 +72,7 @@ class _Ear:
 class BeaverSync:
     """The lip-sync stage of the default model for one source.
 
-    motion takes log-mel rows (1, t, 64) and gives coefficients (1, n, k); painter takes (n, 12, h, 96) and gives (n, 3, h, 96),
+    motion takes log-mel rows (b, t, 64) and gives coefficients (b, n, k); painter takes (n, 12, h, 96) and gives (n, 3, h, 96),
     both as in :mod:`beavervision.models.nets.beaver`.
     """
 
@@ -99,19 +100,21 @@ class BeaverSync:
             yield self.draw(clip, motion * (self._profile.amplitude * gates[:, None]))
 
     def _hear(self, heard: Heard, start: int, count: int, rate: Fraction) -> F32:
-        """The coefficients (count, k) at the times of the pictures, between the network's steps linearly."""
-        times = np.array([float(Fraction(start + i) / rate / STEP) for i in range(count)])
-        first = int(np.floor(times[0]))
-        steps = int(np.ceil(times[-1])) - first + 1
-        begin = first * MEL_PER_STEP - LEFT_ROWS - heard.start
-        wanted = np.arange(begin, begin + steps * MEL_PER_STEP + EXTRA_ROWS)
-        rows = heard.rows[np.clip(wanted, 0, len(heard.rows) - 1)]
-        (out,) = self._motion(rows[None])
-        local = times - first
-        low = np.minimum(local.astype(int), steps - 1)
-        high = np.minimum(low + 1, steps - 1)
+        """The coefficients (count, k) at the times of the pictures: the network's, or linearly between those of two rows."""
+        times = [Fraction(start + i) / rate / ROW for i in range(count)]
+        first = floor(times[0])
+        # Where each picture has a step of its own, no steps are needed between these.
+        phases = 1 if all((t - first) % MEL_PER_STEP == 0 for t in times) else MEL_PER_STEP
+        steps = -(-(ceil(times[-1]) - first + 1) // MEL_PER_STEP)
+        begin = np.arange(first, first + phases)[:, None] - LEFT_ROWS - heard.start
+        wanted = begin + np.arange(steps * MEL_PER_STEP + EXTRA_ROWS)
+        (told,) = self._motion(heard.rows[np.clip(wanted, 0, len(heard.rows) - 1)])
+        out = told.transpose(1, 0, 2).reshape(phases * steps, -1)
+        local = np.array([float((t - first) * phases / MEL_PER_STEP) for t in times])
+        low = np.minimum(local.astype(int), len(out) - 1)
+        high = np.minimum(low + 1, len(out) - 1)
         part = (local - low)[:, None].astype(np.float32)
-        return np.asarray(out[0, low] * (1 - part) + out[0, high] * part, np.float32)
+        return np.asarray(out[low] * (1 - part) + out[high] * part, np.float32)
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""

@@ -10,118 +10,159 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 MEL_BINS = 64
 MEL_PER_STEP = 2  # mel rows (10 ms) for each motion step (20 ms)
 STEPS_HZ = 50
-MEL_MEAN, MEL_SPREAD = -5.0, 4.0  # of log-mel rows, about
-LOOK_AHEAD_ROWS = 12  # rows after a step's own row that the step hears
+LOOK_AHEAD_ROWS = 13  # rows after a step's own row that the step hears
+WORD_FEATURES, ROW_FEATURES = 384, MEL_PER_STEP * MEL_BINS  # of the sound, for each step
+
+_FEWER_BINS = 32
+_LEAK, _FLOOR = 0.2, -0.4
+_FAR = 8.0  # deviations from the mean at which a feature is cut
 
 
-class MotionNet(nn.Module):
-    """Dilated temporal convolutions (van den Oord et al., 2016) from log-mel rows to mouth motion.
+class SoundNet(nn.Module):
+    """What each step hears: the features of a network that learned to tell spoken words apart in very many voices and rooms, and
+    plain rows.
 
-    Input (batch, 2 * n + `extra_rows`, 64); output (batch, n, outputs), one step each 20 ms. Step 0 belongs to the time of
-    row ``left_rows``.
+    The former are the first seven layers of Google's speech embedding (Lin et al., 2020, arXiv:2002.01322), 48 channels of 8
+    bands; its own 32 mel bands are told from three of our rows. Input (batch, 2 * n + :attr:`extra_rows`, 64); output
+    (batch, 384 + 128, n), about 0 and 1 in mean and deviation while somebody speaks, told from 16 rows, or the last two of them.
+    """
+
+    extra_rows = 14
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bands = nn.Conv1d(MEL_BINS, _FEWER_BINS, 3)
+        self.enter = nn.Conv2d(1, 24, 3, padding=(0, 1))
+        self.norm = nn.BatchNorm2d(24)
+        self.fine = nn.ModuleList([_along_bands(24, 24), _along_time(24, 24)])
+        self.coarse = nn.ModuleList(
+            [_along_bands(24, 48), _along_time(48, 48), _along_bands(48, 48), _along_time(48, 48)]
+        )
+        self.register_buffer("mean", torch.zeros(WORD_FEATURES + ROW_FEATURES, 1))
+        self.register_buffer("spread", torch.ones(WORD_FEATURES + ROW_FEATURES, 1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return ((self.raw(rows) - self.mean) / self.spread).clamp(-_FAR, _FAR)
+
+    def raw(self, rows: Tensor) -> Tensor:
+        """The features as the layers give them."""
+        x: Tensor = self.bands(rows.transpose(1, 2)).transpose(1, 2)[:, None]
+        x = _bent(self.norm(self.enter(x).relu()))
+        for layer in self.fine:
+            x = _bent(layer(x))
+        x = functional.max_pool2d(x, 2)
+        for layer in self.coarse:
+            x = _bent(layer(x))
+        words = functional.max_pool2d(x, (1, 2)).transpose(2, 3).flatten(1, 2)
+        plain = rows[:, self.extra_rows :].reshape(rows.shape[0], -1, ROW_FEATURES).transpose(1, 2)
+        return torch.cat([words, plain], dim=1)
+
+
+def _along_bands(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, (1, 3), padding=(0, 1))
+
+
+def _along_time(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, (3, 1))
+
+
+def _bent(x: Tensor) -> Tensor:
+    return functional.leaky_relu(x, _LEAK).clamp(min=_FLOOR)
+
+
+class MotionHead(nn.Module):
+    """Dilated temporal convolutions (van den Oord et al., 2016) from what :class:`SoundNet` tells to mouth motion.
+
+    Input (batch, 512, n + :attr:`context_steps`), of which it hears the words' features or, with `plain`, the rows; output
+    (batch, n, outputs).
     """
 
     def __init__(
         self,
         outputs: int,
-        channels: int = 160,
-        dilations: tuple[int, ...] = (1, 2, 4, 8, 4, 2, 1),
+        channels: int = 128,
+        dilations: tuple[int, ...] = (1, 2, 4, 1),
         dropout: float = 0.0,
-        hidden: int | None = None,  # channels within a block; None: as many as `channels`
+        feature_dropout: float = 0.0,
+        *,
+        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv1d(MEL_BINS, channels, 4, stride=MEL_PER_STEP)
-        self.blocks = nn.ModuleList(_Block(channels, hidden or channels, d, dropout) for d in dilations)
-        self.head = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.GELU(), nn.Conv1d(channels, outputs, 1))
+        self.heard = slice(WORD_FEATURES, None) if plain else slice(WORD_FEATURES)
+        self.dropout = nn.Dropout(feature_dropout)
+        self.enter = nn.Conv1d(ROW_FEATURES if plain else WORD_FEATURES, channels, 1)
+        self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in dilations)
+        self.leave = nn.Conv1d(channels, outputs, 1)
         self.context_steps = 2 * sum(dilations)
+
+    def listen(self, features: Tensor) -> Tensor:
+        """What the last layer reads: (batch, channels, n)."""
+        x: Tensor = self.enter(self.dropout(features[:, self.heard]))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.leave(self.listen(features))
+        return out.transpose(1, 2)
+
+
+class MotionNet(nn.Module):
+    """From log-mel rows to mouth motion: the mean of a few heads, which learned apart, on one :class:`SoundNet`.
+
+    Input (batch, 2 * n + `extra_rows`, 64); output (batch, n, outputs), one step each 20 ms. Step 0 belongs to the time of
+    row ``left_rows``.
+    """
+
+    def __init__(self, sound: SoundNet, heads: list[MotionHead]) -> None:
+        super().__init__()
+        self.sound = sound
+        self.heads = nn.ModuleList(heads)
+        self.context_steps = heads[0].context_steps
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> MotionNet:
         """The network that fits the tensors of a saved one."""
-        net = cls(len(state["head.2.bias"]), len(state["stem.bias"]), hidden=len(state["blocks.0.wide.bias"]))
+        enters = [state[name] for name in sorted(state) if name.startswith("heads.") and name.endswith(".enter.weight")]
+        outputs = len(state["heads.0.leave.bias"])
+        heads = [MotionHead(outputs, len(e), plain=e.shape[1] == ROW_FEATURES) for e in enters]
+        net = cls(SoundNet(), heads)
         net.load_state_dict(dict(state))
         return net
 
     @property
     def extra_rows(self) -> int:
         """Rows that are context only: the input has 2 n + `extra_rows` for n steps out."""
-        return MEL_PER_STEP * self.context_steps + 2
+        return MEL_PER_STEP * self.context_steps + self.sound.extra_rows
 
     @property
     def left_rows(self) -> int:
         """Rows of context before a step's own row."""
         return self.extra_rows + MEL_PER_STEP - 1 - LOOK_AHEAD_ROWS
 
-    def listen(self, rows: Tensor) -> Tensor:
-        """What the head reads: (batch, channels, n)."""
-        x: Tensor = self.stem((rows.transpose(1, 2) - MEL_MEAN) / MEL_SPREAD)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
     def forward(self, rows: Tensor) -> Tensor:
-        out: Tensor = self.head(self.listen(rows))
-        return out.transpose(1, 2)
-
-
-CLOSED_GAP = 0.02  # eye distances of inner lip gap below which the first of a pair is trusted more and more
-
-
-class MotionPair(nn.Module):
-    """Two networks heard together: the mean of both, but where the first closes the lips, the first alone.
-
-    The first was taught articulation and closes at p, b, m; the second, from real clips alone, follows people better but
-    closes late. gap (outputs,) is how each coefficient opens the inner lips. Input and output as :class:`MotionNet`.
-    """
-
-    gap: Tensor
-
-    def __init__(self, first: MotionNet, second: MotionNet, gap: Tensor) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.register_buffer("gap", gap)
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> MotionPair:
-        """The pair that fits the tensors of a saved one."""
-        nets = [
-            MotionNet.of({k.removeprefix(n): v for k, v in state.items() if k.startswith(n)})
-            for n in ("first.", "second.")
-        ]
-        return cls(nets[0], nets[1], state["gap"])
-
-    @property
-    def extra_rows(self) -> int:
-        """As of :class:`MotionNet`."""
-        return self.first.extra_rows
-
-    @property
-    def left_rows(self) -> int:
-        """As of :class:`MotionNet`."""
-        return self.first.left_rows
-
-    def forward(self, rows: Tensor) -> Tensor:
-        first: Tensor = self.first(rows)
-        second: Tensor = self.second(rows)
-        apart = ((first * self.gap).sum(dim=-1, keepdim=True) / CLOSED_GAP).clamp(0.0, 1.0)
-        return first + 0.5 * apart * (second - first)
+        features = self.sound(rows)
+        return torch.stack([head(features) for head in self.heads]).mean(dim=0)
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, hidden: int, dilation: int, dropout: float) -> None:
+    def __init__(self, channels: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
-        self.dropout = nn.Dropout(dropout)
         self.norm = nn.BatchNorm1d(channels)
-        self.wide = nn.Conv1d(channels, hidden, 3, dilation=dilation)
-        self.point = nn.Conv1d(hidden, channels, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.wide = nn.Conv1d(channels, channels, 3, dilation=dilation)
+        self.point = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.point(nn.functional.gelu(self.wide(self.dropout(nn.functional.gelu(self.norm(x))))))
+        y: Tensor = self.point(functional.gelu(self.wide(self.dropout(functional.gelu(self.norm(x))))))
         return x[..., self.dilation : -self.dilation] + y
 
 
