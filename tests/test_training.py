@@ -101,8 +101,8 @@ def test_a_step_hears_no_further_than_declared() -> None:
         before = net(rows)[0]
         assert len(before) == steps
         beyond, within = rows.clone(), rows.clone()
-        beyond[:, last + 1 :] += 5
-        within[:, last] += 5
+        beyond[:, last + 1 :] += 500
+        within[:, last] += 500
         assert torch.equal(net(beyond)[0, : step + 1], before[: step + 1])
         assert not torch.equal(net(within)[0, step], before[step])
         older = rows.clone()

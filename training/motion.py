@@ -146,10 +146,9 @@ class Sound:
 class Examples:
     """Random windows of sounds with what belongs to them."""
 
-    def __init__(self, sounds: list[Sound], context_steps: int, rng: np.random.Generator, *, by_length: bool) -> None:
+    def __init__(self, sounds: list[Sound], rng: np.random.Generator, *, by_length: bool) -> None:
         """`by_length`: longer sounds are taken more often."""
         self._sounds, self._rng = sounds, rng
-        self._half = context_steps // 2
         known = [min(float(s.weight.sum()), 400.0) ** 0.7 if by_length else 1.0 for s in sounds]
         self._share = np.array(known) / sum(known)
 
@@ -162,7 +161,7 @@ class Examples:
         rng = self._rng
         varied = len(sound.heard) > 1 and rng.random() >= _PLAIN
         heard = sound.heard[int(rng.integers(1, len(sound.heard)))] if varied else sound.heard[0]
-        length, half = len(heard.features), self._half
+        length, half = len(heard.features), MotionHead.context_steps // 2
         at = int(rng.integers(-WINDOW // 4, max(length - WINDOW // 2 - 2 * half, 1)))
         features = heard.features[np.clip(at + np.arange(WINDOW + 2 * half), 0, length - 1)]
         steps = heard.first + (at + half + np.arange(WINDOW) - _ahead(half)) * heard.tempo
@@ -405,7 +404,7 @@ class Material:
             Hearing(sound, max(options.variants // part, 1), options.seed + part) for part in (1, 2, 4)
         )
         rng = np.random.default_rng(options.seed)
-        rows = MEL_PER_STEP * (WINDOW + MotionHead(BASIS_SIZE, 1).context_steps) + sound.extra_rows
+        rows = MEL_PER_STEP * (WINDOW + MotionHead.context_steps) + sound.extra_rows
         with torch.no_grad():
             noise = sound(still(_STILL_WINDOWS, rows, rng))
         return cls(
@@ -426,13 +425,12 @@ def train_head(
     device = machine.device
     readout = readout.to(device)
     student = Student(options, plain=index >= options.heads - options.plain).to(device)
-    context = student.head.context_steps
     sources = [
-        (Examples(sounds, context, rng, by_length=sounds is material.clips), count)
+        (Examples(sounds, rng, by_length=sounds is material.clips), count)
         for sounds, count in (
             (material.clips, options.batch), (material.said, options.synthetic), (material.recorded, options.recorded)
         )
-        if count and sounds
+        if count
     ]  # fmt: skip
     optimiser = torch.optim.AdamW(student.parameters(), options.rate, weight_decay=options.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -689,9 +687,10 @@ def main() -> None:
         )
         lessons = read_lessons(args.data / "taught.npz")
         recordings = load_recordings(args.data / "recordings.npz") if options.recorded else []
-        if recordings and recording_name(len(recordings) - 1) not in lessons:
+        if options.recorded and recording_name(len(recordings) - 1) not in lessons:
             parser.error(
-                f"{args.data}/taught.npz knows nothing of the recordings: run the teacher again, or --recorded 0."
+                f"{args.data} has no recordings, or none in taught.npz: run training.recordings, then the teacher, or "
+                "give --recorded 0."
             )
         sound = load_sound(args.weights / "sound.pt")
         material = Material.of(

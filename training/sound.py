@@ -32,7 +32,7 @@ def published(folder: Path) -> SoundNet:
     """The network with the published layers, its bands not told yet.
 
     Raises:
-        SystemExit: the file is another one.
+        SystemExit: the folder does not have it.
     """
     path = folder / "embedding_model.onnx"
     if not path.exists():

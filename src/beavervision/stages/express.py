@@ -176,7 +176,7 @@ class _Warp:
                 planes.draw(x, y, where)
                 for layer in layers:
                     planes.draw(x + layer.x, y + layer.y, layer.where, layer.alpha)
-        return planes.picture(picture)
+        return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
     def _places(self, x: int, y: int, right: int, bottom: int, region: Region) -> tuple[int, int, F32]:
         """Of a box, as far as it lies within the grid and the region: its first pixel, and where its pixels (h, w, 2) come from.
@@ -186,11 +186,11 @@ class _Warp:
         x, y = max(x, self._x, 0), max(y, self._y, 0)
         right = max(min(right, self._x + columns * step, region.width_px), x)
         bottom = max(min(bottom, self._y + rows * step, region.height_px), y)
+        if right == x or bottom == y:
+            return x, y, np.zeros((0, 0, 2), np.float32)
         # One cell more on each side, between whose middle and the next one the outer pixels lie.
         first, top = max((x - self._x) // step - 1, 0), max((y - self._y) // step - 1, 0)
         cells = self._grid[top : -(-(bottom - self._y) // step) + 1, first : -(-(right - self._x) // step) + 1]
-        if right == x or bottom == y:
-            return x, y, np.zeros((0, 0, 2), np.float32)
         left, above = self._x + first * step, self._y + top * step
         where = places_of(cells, step, left, above)
         return x, y, where[y - above : bottom - above, x - left : right - left]
@@ -244,9 +244,6 @@ class _Planes:
         if alpha is not None:
             new = to + (new - to) * alpha
         cv2.convertScaleAbs(new, to)
-
-    def picture(self, of: Picture) -> Picture:
-        return replace(of, y=self.new[0], u=self.new[1], v=self.new[2])
 
 
 def _halved(where: F32) -> F32:

@@ -21,6 +21,7 @@ WORD_FEATURES, ROW_FEATURES = 384, MEL_PER_STEP * MEL_BINS  # of the sound, for 
 _FEWER_BINS = 32
 _LEAK, _FLOOR = 0.2, -0.4
 _FAR = 8.0  # deviations from the mean at which a feature is cut
+_DILATIONS = (1, 2, 4, 1)  # of a head's layers
 
 
 class SoundNet(nn.Module):
@@ -84,11 +85,12 @@ class MotionHead(nn.Module):
     (batch, n, outputs).
     """
 
+    context_steps = 2 * sum(_DILATIONS)
+
     def __init__(
         self,
         outputs: int,
         channels: int = 128,
-        dilations: tuple[int, ...] = (1, 2, 4, 1),
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
         *,
@@ -98,9 +100,8 @@ class MotionHead(nn.Module):
         self.heard = slice(WORD_FEATURES, None) if plain else slice(WORD_FEATURES)
         self.dropout = nn.Dropout(feature_dropout)
         self.enter = nn.Conv1d(ROW_FEATURES if plain else WORD_FEATURES, channels, 1)
-        self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in dilations)
+        self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in _DILATIONS)
         self.leave = nn.Conv1d(channels, outputs, 1)
-        self.context_steps = 2 * sum(dilations)
 
     def listen(self, features: Tensor) -> Tensor:
         """What the last layer reads: (batch, channels, n)."""
@@ -125,7 +126,6 @@ class MotionNet(nn.Module):
         super().__init__()
         self.sound = sound
         self.heads = nn.ModuleList(heads)
-        self.context_steps = heads[0].context_steps
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> MotionNet:
@@ -140,7 +140,7 @@ class MotionNet(nn.Module):
     @property
     def extra_rows(self) -> int:
         """Rows that are context only: the input has 2 n + `extra_rows` for n steps out."""
-        return MEL_PER_STEP * self.context_steps + self.sound.extra_rows
+        return MEL_PER_STEP * MotionHead.context_steps + self.sound.extra_rows
 
     @property
     def left_rows(self) -> int:
