@@ -10,7 +10,17 @@ import pytest
 
 from beavervision.media import Clip, Face, FaceState, FaceTrack, Frames, Heard, Picture, Profile, Reference
 from beavervision.models import mesh
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, Beaver, Equaliser, load, onnx_net, painted_rows, torch_net
+from beavervision.models.beaver import (
+    CONTEXT_STEPS,
+    EXTRA_ROWS,
+    LAST_ROW_MS,
+    Beaver,
+    Equaliser,
+    load,
+    onnx_net,
+    painted_rows,
+    torch_net,
+)
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.models.mesh import Pose
@@ -18,8 +28,8 @@ from beavervision.models.warp import places_of
 from beavervision.speech import speak
 from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
-from beavervision.stages.hear import LOG_MEL, Resampler
-from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _topology, profile_of
+from beavervision.stages.hear import LOG_MEL_DENSE, Resampler
+from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _Ear, _topology, profile_of
 from tests.faces import portrait
 
 RATE = Fraction(25)
@@ -44,17 +54,17 @@ def speech_rows() -> np.ndarray:
     (chunk,) = speak("Papa may move away, baby.")
     ear = Resampler(chunk.audio.rate_hz)
     pcm = np.concatenate([ear.push(chunk.audio.pcm), ear.end()])
-    return LOG_MEL.rows(pcm)
+    return LOG_MEL_DENSE.rows(pcm)
 
 
 def clips(rows: np.ndarray, count: int, voice: float = 1.0, strength: float = 1.0, block: int = 8) -> Iterator[Clip]:
     picture, face, _, _ = seen()
-    pad = np.full((200, rows.shape[1]), SILENCE, np.float32)
+    pad = np.full((400, rows.shape[1]), SILENCE, np.float32)
     around = np.concatenate([pad, rows, pad]).astype(np.float32)
     for start in range(0, count, block):
         n = min(block, count - start)
         track = FaceTrack((face,) * n, (FaceState.OK,) * n, np.full(n, strength, np.float32), (0,) * n)
-        heard = Heard(around, -200, Fraction(1, 100), np.full(n, voice, np.float32))
+        heard = Heard(around, -400, Fraction(1, 200), np.full(n, voice, np.float32))
         yield Clip(Frames((picture,) * n, start, RATE), track, None, heard)
 
 
@@ -69,15 +79,13 @@ def test_the_declared_context_covers_what_the_nets_hear() -> None:
     timing = BEAVER.timing
     assert timing is not None
     assert timing.look_ahead_ms <= 160
-    after_ms = 10 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 12.5 + 10
-    picture_ms = 1000 / 60
-    assert after_ms <= timing.look_ahead_ms + picture_ms
-    assert timing.left_context_ms >= 10 * LEFT_ROWS + 20
+    assert timing.look_ahead_ms >= LAST_ROW_MS + 2.5 + 12.5, "half a row to the nearest, half the window of the last"
+    assert timing.left_context_ms >= 10 * (EXTRA_ROWS + 1) - LAST_ROW_MS + 2.5
 
 
 def test_speech_moves_the_mouth_and_silence_closes_it() -> None:
     rows = speech_rows()
-    count = len(rows) * 25 // 100
+    count = len(rows) * 25 // 200
     _, speaking = draw(clips(rows, count))
     assert speaking.max() > 0.08
     assert speaking.std() > 0.02
@@ -88,7 +96,7 @@ def test_speech_moves_the_mouth_and_silence_closes_it() -> None:
 
 def test_without_voice_activity_the_mouth_stays_shut_whatever_the_sound() -> None:
     rows = speech_rows()
-    _, gated = draw(clips(rows, len(rows) * 25 // 100, voice=0.0))
+    _, gated = draw(clips(rows, len(rows) * 25 // 200, voice=0.0))
     assert gated.max() < 0.03
 
 
@@ -100,28 +108,55 @@ def test_the_same_motion_however_the_clips_are_cut() -> None:
 
 
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(30), Fraction(24000, 1001), Fraction(60)])
-def test_each_picture_hears_its_own_moment_and_no_further_than_declared(rate: Fraction) -> None:
+def test_each_picture_hears_its_own_moment_and_no_further_than_declared(
+    rate: Fraction, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = []
 
-    def own_rows(rows: np.ndarray) -> tuple[np.ndarray]:
-        """A network that tells the number of a step's own row."""
+    def own_rows(rows: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A network that tells the time of the last row that a step hears."""
         ran.append(rows)
         steps = (rows.shape[1] - EXTRA_ROWS) // 2
-        return (rows[:, LEFT_ROWS : LEFT_ROWS + 2 * steps : 2, :1],)
+        return rows[:, EXTRA_ROWS + 1 :: 2, :1], np.zeros((len(rows), steps + CONTEXT_STEPS, 128), np.float32)
 
-    stage = BeaverSync(own_rows, files().painter, files().basis, seen()[2])
-    heard = Heard(np.arange(-100.0, 300.0, dtype=np.float32)[:, None], -100, Fraction(1, 100), np.ones(7, np.float32))
-    told = stage._hear(heard, 10, 7, rate)[:, 0]
-    times_s = (10 + np.arange(7)) / float(rate)
-    assert np.allclose(told, times_s * 100, atol=1e-3)
-    assert len(ran[0]) == (1 if rate == 25 else 2), "at 25 pictures a second each has a step of its own"
+    rows_ms = np.arange(-1000, 3000, 5, dtype=np.float32)[:, None]
+    monkeypatch.setattr(Equaliser, "push", lambda _, rows: rows)
+    heard = Heard(rows_ms, -200, Fraction(1, 200), np.ones(7, np.float32))
+    told = _Ear(own_rows, rate)(heard, 10, 7)[:, 0]
+    times_ms = 1000 * (10 + np.arange(7)) / float(rate)
+    assert np.abs(told - times_ms - LAST_ROW_MS).max() <= (0 if rate == 25 else 2.5)
+    assert len(ran[0]) == {25: 1, 30: 3}.get(rate, 4), "pictures whole steps apart are heard together"
+    assert (np.diff(ran[0][..., 0]) == 10).all()
 
     declared = BEAVER.timing
     assert declared is not None
-    for i, time_s in enumerate(times_s):
-        stage._hear(heard, 10 + i, 1, rate)
+    for i, time_ms in enumerate(times_ms):
         # Half the window of the last row comes on top.
-        assert ran[-1].max() * 10 + 12.5 <= time_s * 1000 + declared.look_ahead_ms
+        known = replace(heard, rows=np.where(rows_ms + 12.5 <= time_ms + declared.look_ahead_ms, rows_ms, np.nan))
+        assert _Ear(own_rows, rate)(known, 10 + i, 1) == told[i]
+
+
+@pytest.mark.parametrize("rate", [Fraction(2), Fraction(25), Fraction(30), Fraction(24000, 1001), Fraction(60)])
+def test_the_network_goes_on_from_the_step_before(rate: Fraction, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def counts(rows: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A network whose state after a step is the time of the last row of that."""
+        ends_ms = rows[:, EXTRA_ROWS - 2 * CONTEXT_STEPS + 1 :: 2]
+        given.append((state[:, 0], ends_ms[:, 0, 0] - 20))
+        return ends_ms[:, CONTEXT_STEPS:], np.repeat(ends_ms, 128, axis=2)
+
+    monkeypatch.setattr(Equaliser, "push", lambda _, rows: rows)
+    rows_ms = np.arange(-1000, 30_000, 5, dtype=np.float32)[:, None]
+    heard = Heard(rows_ms, -200, Fraction(1, 200), np.ones(7, np.float32))
+    ear, picture = _Ear(counts, rate), 0
+    for count in (8, 1, 3, 1, 8, 8, 2):
+        ear(heard, picture, count)
+        picture += count
+    assert not given[0][0].any()
+    assert all(np.array_equal(state, due) for state, due in given[1:])
+    ear(heard, picture + 1, 1)
+    assert not given[-1][0].any(), "after a gap it begins anew"
 
 
 def test_the_same_motion_whether_clips_hear_all_of_the_sound_or_their_own_surroundings() -> None:
@@ -130,7 +165,7 @@ def test_the_same_motion_whether_clips_hear_all_of_the_sound_or_their_own_surrou
     def surroundings() -> Iterator[Clip]:
         for clip in clips(rows, 40):
             assert clip.heard is not None
-            first, stop = 4 * clip.frames.start - LEFT_ROWS - 2, 4 * clip.frames.stop + 16
+            first, stop = 8 * clip.frames.start - 68, 8 * clip.frames.stop + 32
             heard = clip.heard
             yield replace(
                 clip, heard=replace(heard, rows=heard.rows[first - heard.start : stop - heard.start], start=first)
@@ -218,9 +253,10 @@ def test_both_engines_compute_the_same() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(-5, 3, (2, EXTRA_ROWS + 20, 64)).astype(np.float32)
     crops = rng.random((3, 12, 80, 96)).astype(np.float32)
-    for name, given in (("motion", rows), ("painter", crops), ("painter", crops[:, :, 16:56])):
-        (one,), (other,) = (net(name, "cpu", 1)(given) for net in (onnx_net, torch_net))
-        assert np.abs(one - other).max() < 1e-4
+    state = rng.uniform(-1, 1, (2, 128)).astype(np.float32)
+    for name, given in (("motion", (rows, state)), ("painter", (crops,)), ("painter", (crops[:, :, 16:56],))):
+        for one, other in zip(*(net(name, "cpu", 1)(*given) for net in (onnx_net, torch_net)), strict=True):
+            assert np.abs(one - other).max() < 1e-4
 
 
 @pytest.mark.parametrize(

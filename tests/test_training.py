@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,12 +18,15 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
+from beavervision.media import Heard
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
-from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet
+from beavervision.models.nets.beaver import HEARS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import SOUND_RMS
+from beavervision.stages.hear import LOG_MEL_DENSE
+from beavervision.stages.lipsync_beaver import _Ear
 from training import between, clips, export, lessons, motion, painter, recordings, sound, sync, voices
 from training.machine import CPU, Machine, machine_of
 
@@ -90,26 +94,46 @@ def test_points_are_packed_without_loss() -> None:
     assert np.array_equal(clips.read_points(packed), points.astype(np.float32))
 
 
-def test_a_step_hears_no_further_than_declared() -> None:
+def test_a_step_hears_no_further_than_its_last_row() -> None:
     torch.manual_seed(0)
-    net = MotionNet(SoundNet(), [MotionHead(3, channels=8), MotionHead(3, channels=8, plain=True)]).eval()
+    net = MotionNet(SoundNet(), [MotionHead(3, channels=8, hears=name) for name in HEARS]).eval()
     steps = 4
     rows = torch.randn(1, MEL_PER_STEP * steps + net.extra_rows, 64)
+    start = motion.beginning(1)
     step = 2
-    last = net.left_rows + MEL_PER_STEP * step + LOOK_AHEAD_ROWS
+    last = net.extra_rows + MEL_PER_STEP - 1 + MEL_PER_STEP * step
     with torch.no_grad():
-        before = net(rows)[0]
+        (before,), (states,) = net(rows, start)
         assert len(before) == steps
         beyond, within = rows.clone(), rows.clone()
         beyond[:, last + 1 :] += 500
         within[:, last] += 500
-        assert torch.equal(net(beyond)[0, : step + 1], before[: step + 1])
-        assert not torch.equal(net(within)[0, step], before[step])
-        older = rows.clone()
-        older[:, : MEL_PER_STEP * step] += 5
-        assert torch.equal(net(older)[0, step:], before[step:])
-    # 12.5 ms of the last row's window and one row of interpolation come on top of the rows.
-    assert LOOK_AHEAD_ROWS * 10 + 12.5 + 10 <= 160
+        assert torch.equal(net(beyond, start)[0][0, : step + 1], before[: step + 1])
+        assert not torch.equal(net(within, start)[0][0, step], before[step])
+        later, _ = net(rows[:, MEL_PER_STEP * step :], states[None, step - 1])
+        assert torch.allclose(later[0], before[step:], atol=1e-6)
+
+
+def test_a_step_learns_with_the_rows_that_the_product_will_give_it() -> None:
+    pcm = talker(0)[2].astype(np.float32) / 32768
+    dense, heard = LOG_MEL_DENSE.rows(pcm), clips.heard_rows(pcm)
+    assert len(heard) == len(clips.LOG_MEL.rows(pcm))
+
+    torch.manual_seed(0)
+    net = MotionNet(SoundNet(), [MotionHead(3, channels=8)]).eval()
+
+    def hears(*given: np.ndarray) -> tuple[np.ndarray, ...]:
+        with torch.no_grad():
+            return tuple(x.numpy() for x in net(*(torch.from_numpy(x) for x in given)))
+
+    before = np.full((100, 64), clips.SILENCE, np.float32)
+    around = Heard(np.concatenate([before, dense, before]), -100, Fraction(1, 200), np.ones(75, np.float32))
+    ear = _Ear(hears, Fraction(25))
+    told = np.concatenate([ear(around, i, 15) for i in range(0, 75, 15)])
+    learned = motion.predict(net, heard)
+    assert len(learned) == len(heard) // MEL_PER_STEP
+    heard_to_the_end = 65  # what comes after the sound is silence here, there an equalised one
+    assert np.allclose(told[:heard_to_the_end], learned[: 2 * heard_to_the_end : 2], atol=1e-4)
 
 
 def test_a_basis_tells_the_motion_of_its_clips(data: Path, basis: MotionBasis) -> None:
@@ -161,12 +185,20 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     }
     lessons.write_lessons(taught, data / "taught.npz")
     spoken = voices.load(data / "voices.npz")
-    options = motion.Options(heads=2, iterations=2, batch=2, synthetic=2, recorded=3, channels=8, variants=1)
+    options = motion.Options(
+        heads=("words", f"phones+rows{motion.PLAIN}"),
+        iterations=2,
+        batch=2,
+        synthetic=2,
+        recorded=3,
+        channels=8,
+        variants=1,
+    )
     readout, hears = motion.Readout.of(basis), SoundNet().eval()
     material = motion.Material.of(
         motions[:2],
         {lessons.voice_name(i): s for i, s in enumerate(spoken)},
-        {lessons.recording_name(0): voices.rows_of(pcm)},
+        {lessons.recording_name(0): clips.heard_rows(pcm)},
         lessons.read_lessons(data / "taught.npz"),
         hears,
         options,
@@ -191,8 +223,10 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     hashes = json.loads((out / "SHA256.json").read_text("utf-8"))
     assert set(hashes) == {"other", "beaver_motion.onnx"}
     assert hashes["beaver_motion.onnx"] in card.read_text("utf-8")
-    (told,) = OnnxNet(out / "beaver_motion.onnx")(np.zeros((1, 2 * 7 + trained.extra_rows, 64), np.float32))
+    rows, state = np.zeros((1, 2 * 7 + trained.extra_rows, 64), np.float32), np.zeros((1, 128), np.float32)
+    told, states = OnnxNet(out / "beaver_motion.onnx")(rows, state)
     assert told.shape == (1, 7, motion.BASIS_SIZE)
+    assert states.shape == (1, 7 + MotionHead.context_steps, 128)
 
 
 def test_recordings_of_one_voice_are_heard_one_after_the_other(tmp_path: Path) -> None:
@@ -327,12 +361,49 @@ def test_the_published_layers_are_taken_over(tmp_path: Path) -> None:
         net.bands.weight.zero_()
         net.bands.bias.zero_()
         net.bands.weight[np.arange(32), np.arange(32), 1] = 1  # the bands are the middle row's first 32
-        told = net.raw(torch.from_numpy(rows))[0]
+        ((told,), _) = net.raw(torch.from_numpy(rows), motion.beginning(1))
     (wanted,) = OnnxNet(path)(rows[:, None, 1:-1, :32])
     assert np.abs(told[:384].numpy() - wanted[0].transpose(0, 2, 1).reshape(384, -1)).max() < 1e-3
-    assert np.array_equal(told[384:, 3].numpy(), rows[0, net.extra_rows + 6 : net.extra_rows + 8].ravel())
+    assert np.array_equal(told[512:, 3].numpy(), rows[0, net.extra_rows + 6 : net.extra_rows + 8].ravel())
     with pytest.raises(SystemExit, match="openwakeword"):
         sound.published(tmp_path / "elsewhere")
+
+
+def test_the_published_recogniser_is_taken_over(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"pre.weight": (256, 80), "pre.bias": (256,)}
+    for side, inputs in (("ih", 256), ("hh", 128)):
+        shapes |= {f"bi_rnn.weight_{side}_l0": (384, inputs), f"bi_rnn.bias_{side}_l0": (384,)}
+    known = {name: (rng.normal(size=shape) / 8).astype(np.float16) for name, shape in shapes.items()}
+    np.savez(tmp_path / "jp.npz", meta_data=np.array({"n_mels": 80}, object), **known)
+    net = SoundNet().eval()
+    sound.add_phones(net, tmp_path / "jp.npz")
+    rows = torch.from_numpy(rng.normal(size=(1, 12 + net.extra_rows, 64)).astype(np.float32))
+    state = rng.uniform(-1, 1, 128)
+    with torch.no_grad():
+        features, states = net.raw(rows, torch.from_numpy(state[None].astype(np.float32)))
+        bands = net.phone_bands(rows[:, 10:].transpose(1, 2))[0].T.numpy()
+    known = {name: array.astype(np.float64) for name, array in known.items()}
+    for step, band in enumerate(bands):
+        x = known["pre.weight"] @ band + known["pre.bias"]
+        given = np.split(known["bi_rnn.weight_ih_l0"] @ x + known["bi_rnn.bias_ih_l0"], 3)
+        kept = np.split(known["bi_rnn.weight_hh_l0"] @ state + known["bi_rnn.bias_hh_l0"], 3)
+        reset, update = (1 / (1 + np.exp(-g - k)) for g, k in zip(given[:2], kept[:2], strict=True))
+        state = update * state + (1 - update) * np.tanh(given[2] + reset * kept[2])
+        assert np.abs(states[0, step].numpy() - state).max() < 1e-4
+        assert np.abs(features[0, 384:512, step].numpy() - state).max() < 1e-4
+    with pytest.raises(SystemExit, match="snfa"):
+        sound.add_phones(net, tmp_path / "elsewhere.npz")
+
+
+def test_the_recognisers_bands_are_those_of_its_moment() -> None:
+    pcm = np.zeros(16_000, np.float32)
+    pcm[8000:] = np.sin(2 * np.pi * 1000 * np.arange(8000) / 16_000)
+    bands = sound.phone_bands(pcm, np.array([0, 7000, 8000, 9000, 15_999]))
+    assert bands.shape == (5, 80)
+    low_hz = 700 * (10 ** (np.arange(82) * 2840.023 / 81 / 2595) - 1)
+    assert low_hz[bands[3].argmax()] < 1000 < low_hz[bands[3].argmax() + 2]
+    assert bands[3].max() > bands[2].max() > bands[1].max() == bands[0].max()
 
 
 def test_its_bands_are_told_from_our_rows(data: Path) -> None:
@@ -345,9 +416,11 @@ def test_its_bands_are_told_from_our_rows(data: Path) -> None:
 
     net = SoundNet()
     assert sound.tell_bands(net, motions, bands) > 0.9
+    assert sound.tell_phone_bands(net, motions) > 0.9
     sound.even_out(net, motions)
     with torch.no_grad():
-        raw = torch.cat([net.raw(torch.from_numpy(m.even[None, : len(m.even) // 2 * 2]))[0] for m in motions], dim=1)
+        rows = [torch.from_numpy(m.even[None, : len(m.even) // 2 * 2]) for m in motions]
+        raw = torch.cat([net.raw(r, motion.beginning(1))[0][0] for r in rows], dim=1)
     assert torch.allclose(net.mean[:, 0], raw.mean(dim=1), atol=1e-5)
     assert torch.allclose(net.spread[:, 0], raw.std(dim=1), atol=2e-3)
 

@@ -12,11 +12,13 @@ import numpy.typing as npt
 from beavervision.media import F32, U8
 from beavervision.models import mesh
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
-from beavervision.models.beaver import Equaliser
+from beavervision.models.beaver import LAST_ROW_MS, Equaliser
 from beavervision.models.sync import SOUND_RMS
-from beavervision.stages.hear import LOG_MEL
+from beavervision.stages.hear import LOG_MEL, LOG_MEL_DENSE
 
 STEP_S = 0.02
+LATE_MS = 5  # rows that the motion network hears are centred so much after the times that they are counted by
+AHEAD_ROWS = (LAST_ROW_MS - LATE_MS) // 10  # from a step's own row to the last that it hears
 CROP_PX = 160
 CROP_UNIT_PX = 100.0  # pixels of a crop to the distance of the eyes
 CROP_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)  # of the mouth, in the pose-free frame
@@ -63,7 +65,7 @@ class Motion:
 
     times_s (t,) is the pictures' own clock; sound of the moment is heard `lag_s` later. moved (t, n, 3) are
     displacements of :data:`LOWER`. pcm (samples,) is the sound at 16 kHz, rows (r, 64) its log-mel,
-    even (r, 64) the same equalised, as the motion network hears it.
+    even (r, 64) what :func:`heard_rows` makes of it.
     """
 
     row: Row
@@ -115,8 +117,7 @@ def load_motion(row: Row, data: Path) -> Motion | None:
     rest = faces[usable & (gap <= np.quantile(gap[usable], REST_SHARE))].mean(axis=0)
     pcm *= SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4)
     frontal = abs(float(np.median(yaw[tracked]))) <= _FRONTAL_DEG
-    rows = LOG_MEL.rows(pcm)
-    even = Equaliser().push(rows)
+    rows, even = LOG_MEL.rows(pcm), heard_rows(pcm)
     return Motion(row, times, tracked, frontal, rest, faces - rest, gap, pcm, rows, even, row.lag_s)
 
 
@@ -128,6 +129,13 @@ def load_all(data: Path, basis: MotionBasis | None = None) -> list[Motion]:
         for motion in motions:
             motion.coefficients = basis.coefficients(motion.moved)
     return motions
+
+
+def heard_rows(pcm: F32) -> F32:
+    """The equalised log-mel rows (r, 64) of sound (samples,) at 16 kHz as the motion network hears them, 10 ms apart, the first one
+    centred at :data:`LATE_MS`."""
+    after = np.zeros(LOG_MEL_DENSE.hop_samples, np.float32)
+    return Equaliser().push(LOG_MEL_DENSE.rows(np.append(pcm, after))[1::2])
 
 
 def write_points(points: npt.NDArray[np.float16]) -> U8:

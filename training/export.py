@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from beavervision.media import POINTS
 from beavervision.models import between
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE
+from beavervision.models.beaver import EXTRA_ROWS, PAINT_SIZE
 from beavervision.models.cards import FACE_BETWEEN
-from beavervision.models.nets.beaver import MEL_BINS, MotionNet, PainterNet
+from beavervision.models.nets.beaver import MEL_BINS, PHONE_FEATURES, MotionNet, PainterNet
 from beavervision.models.nets.between import BetweenNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
@@ -44,11 +44,13 @@ _STEPS = 25
 
 
 def export_motion(net: MotionNet, path: Path) -> float:
-    """Input ``rows`` (b, 2 n + extra_rows, 64), output ``motion`` (b, n, k); the largest difference to PyTorch."""
-    rows = torch.randn(2, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    _export(net, (rows,), path, ["rows"], ["motion"], {"rows": {0: "b", 1: "t"}, "motion": {0: "b", 1: "n"}})
+    """Inputs ``rows`` (b, 2 n + extra_rows, 64), ``state`` (b, 128), outputs ``motion`` (b, n, k), ``states`` (b, n + context,
+    128); the largest difference to PyTorch."""
+    rows, state = torch.randn(2, 2 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5, torch.randn(2, PHONE_FEATURES).tanh()
+    axes = {"rows": {0: "b", 1: "t"}, "state": {0: "b"}, "motion": {0: "b", 1: "n"}, "states": {0: "b", 1: "m"}}
+    _export(net, (rows, state), path, ["rows", "state"], ["motion", "states"], axes)
     longer = torch.randn(1, 6 * _STEPS + EXTRA_ROWS, MEL_BINS) * 3 - 5
-    return max(_difference(net, (x,), path) for x in (rows, longer))
+    return max(_difference(net, x, path) for x in ((rows, state), (longer, state[:1])))
 
 
 def export_painter(net: PainterNet, path: Path) -> float:
@@ -97,6 +99,9 @@ def _export(
     net.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Of checks of sizes, and of recurrent layers whose first state is not given: here it is.
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean")
+        warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size")
         # The tracing exporter folds batch normalisation into the convolutions.
         torch.onnx.export(
             net, example, str(path), input_names=given, output_names=got, dynamic_axes=axes,
@@ -144,8 +149,8 @@ def main() -> None:
     written = []
     if args.only in (None, "motion"):
         net = load_net(args.motion or args.weights / "motion.pt")
-        if (net.left_rows, net.extra_rows) != (LEFT_ROWS, EXTRA_ROWS):
-            raise SystemExit(f"models/beaver.py must say LEFT_ROWS, EXTRA_ROWS = {net.left_rows}, {net.extra_rows}.")
+        if net.extra_rows != EXTRA_ROWS:
+            raise SystemExit(f"models/beaver.py must say EXTRA_ROWS = {net.extra_rows}.")
         difference = export_motion(net, args.out / "beaver_motion.onnx")
         save_file(net.state_dict(), args.out / "beaver_motion.safetensors")
         shutil.copyfile(args.weights / "beaver_basis.npz", args.out / "beaver_basis.npz")

@@ -23,13 +23,21 @@ from torch.nn import functional
 from beavervision.media import F32
 from beavervision.models.basis import MotionBasis
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP
-from beavervision.models.nets.beaver import LOOK_AHEAD_ROWS, MEL_BINS, MEL_PER_STEP, MotionHead, MotionNet, SoundNet
-from training.clips import SILENCE, STEP_S, Motion, learn_basis, load_all, padded_rows
+from beavervision.models.nets.beaver import (
+    HEARS,
+    MEL_BINS,
+    MEL_PER_STEP,
+    PHONE_FEATURES,
+    MotionHead,
+    MotionNet,
+    SoundNet,
+)
+from training.clips import AHEAD_ROWS, SILENCE, STEP_S, Motion, heard_rows, learn_basis, load_all, padded_rows
 from training.lessons import COMPONENTS, Lesson, read_lessons, recording_name, voice_name
 from training.machine import CPU, Machine, add_options, machine_of
 from training.recordings import load as load_recordings
 from training.sound import load_sound
-from training.voices import Spoken, Viseme, load, rows_of
+from training.voices import Spoken, Viseme, load
 
 BASIS_SIZE = 16
 WINDOW = 100  # steps of one example
@@ -79,12 +87,13 @@ class Readout:
 _BEFORE_STEPS = 20  # of silence that is heard before and after each sound
 _PIECE = 250  # steps that are varied alike
 _PLAIN = 0.15  # how often a sound is taken as it is
+PLAIN = "/plain"  # after what a head hears: it takes every sound as it is
 _STILL_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heard:
-    """Features (m, 512) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
+    """Features (m, 640) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
 
     features: npt.NDArray[np.float16]
     first: float
@@ -128,7 +137,8 @@ class Hearing:
 
     def _hear(self, rows: Tensor) -> npt.NDArray[np.float16]:
         with torch.no_grad():
-            return np.asarray(self._sound(rows)[0].T.numpy(), np.float16)
+            features, _ = self._sound(rows, beginning(len(rows)))
+        return np.asarray(features[0].T.numpy(), np.float16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,9 +156,9 @@ class Sound:
 class Examples:
     """Random windows of sounds with what belongs to them."""
 
-    def __init__(self, sounds: list[Sound], rng: np.random.Generator, *, by_length: bool) -> None:
-        """`by_length`: longer sounds are taken more often."""
-        self._sounds, self._rng = sounds, rng
+    def __init__(self, sounds: list[Sound], rng: np.random.Generator, *, by_length: bool, plain: float) -> None:
+        """`by_length`: longer sounds are taken more often; `plain`: how often one is taken as it is."""
+        self._sounds, self._rng, self._plain = sounds, rng, plain
         known = [min(float(s.weight.sum()), 400.0) ** 0.7 if by_length else 1.0 for s in sounds]
         self._share = np.array(known) / sum(known)
 
@@ -159,7 +169,7 @@ class Examples:
 
     def _window(self, sound: Sound) -> tuple[F32, F32, F32, npt.NDArray[np.int64]]:
         rng = self._rng
-        varied = len(sound.heard) > 1 and rng.random() >= _PLAIN
+        varied = len(sound.heard) > 1 and rng.random() >= self._plain
         heard = sound.heard[int(rng.integers(1, len(sound.heard)))] if varied else sound.heard[0]
         length, half = len(heard.features), MotionHead.context_steps // 2
         at = int(rng.integers(-WINDOW // 4, max(length - WINDOW // 2 - 2 * half, 1)))
@@ -175,7 +185,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taken:
-    """Features (b, 512, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
+    """Features (b, 640, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
 
     features: Tensor
     values: Tensor
@@ -188,7 +198,7 @@ class Taken:
 
 def _ahead(half: int) -> float:
     """How many steps after an output the last row lies that the middle of its features is told from."""
-    return LOOK_AHEAD_ROWS / MEL_PER_STEP - half
+    return AHEAD_ROWS / MEL_PER_STEP - half
 
 
 def clip_sound(motion: Motion, lesson: Lesson, heard: list[Heard]) -> Sound:
@@ -342,8 +352,7 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    heads: int = 4
-    plain: int = 1  # of them: they hear the rows alone
+    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", f"phones+rows{PLAIN}", "words")  # what each hears
     iterations: int = 1000
     batch: int = 12
     synthetic: int = 6
@@ -362,14 +371,14 @@ class Options:
 class Student(nn.Module):
     """A head with two more ends, for training alone: one names the viseme, one the recogniser's features."""
 
-    def __init__(self, options: Options, *, plain: bool) -> None:
+    def __init__(self, options: Options, hears: str) -> None:
         super().__init__()
         self.head = MotionHead(
             BASIS_SIZE,
             options.channels,
             dropout=options.dropout,
             feature_dropout=options.feature_dropout,
-            plain=plain,
+            hears=hears,
         )
         self.viseme = nn.Conv1d(options.channels, len(Viseme), 1)
         self.features = nn.Conv1d(options.channels, COMPONENTS, 1)
@@ -387,7 +396,7 @@ class Material:
     clips: list[Sound]
     said: list[Sound]
     recorded: list[Sound]
-    noise: Tensor  # features (b, 512, WINDOW + context) of sound in which nobody speaks
+    noise: Tensor  # features (b, 640, WINDOW + context) of sound in which nobody speaks
 
     @classmethod
     def of(
@@ -406,7 +415,7 @@ class Material:
         rng = np.random.default_rng(options.seed)
         rows = MEL_PER_STEP * (WINDOW + MotionHead.context_steps) + sound.extra_rows
         with torch.no_grad():
-            noise = sound(still(_STILL_WINDOWS, rows, rng))
+            noise, _ = sound(still(_STILL_WINDOWS, rows, rng), beginning(_STILL_WINDOWS))
         return cls(
             [clip_sound(m, lessons[m.row.name], clip.of(m.even, i)) for i, m in enumerate(motions)],
             [said_sound(v, lessons[n], voice.of(v.rows, i)) for i, (n, v) in enumerate(voices.items())],
@@ -418,15 +427,17 @@ class Material:
 def train_head(
     material: Material, readout: Readout, options: Options, index: int, machine: Machine = CPU
 ) -> MotionHead:
-    """One of the heads: `index` sets its seed, and the last ones are those that hear the rows alone."""
+    """One of the heads; `index` sets its seed too."""
     seed = options.seed + index
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     device = machine.device
     readout = readout.to(device)
-    student = Student(options, plain=index >= options.heads - options.plain).to(device)
+    kind = options.heads[index]
+    plain = 1.0 if kind.endswith(PLAIN) else _PLAIN
+    student = Student(options, kind.removesuffix(PLAIN)).to(device)
     sources = [
-        (Examples(sounds, rng, by_length=sounds is material.clips), count)
+        (Examples(sounds, rng, by_length=sounds is material.clips, plain=plain), count)
         for sounds, count in (
             (material.clips, options.batch), (material.said, options.synthetic), (material.recorded, options.recorded)
         )
@@ -479,7 +490,7 @@ def train(
     machine: Machine = CPU,
 ) -> MotionNet:
     """The heads, which learn apart; what they say together is brought to the size of the clips' motion."""
-    heads = [train_head(material, readout, options, i, machine) for i in range(options.heads)]
+    heads = [train_head(material, readout, options, i, machine) for i in range(len(options.heads))]
     net = MotionNet(sound, heads).eval()
     amount = gain(net, motions, readout)
     with torch.no_grad():
@@ -490,12 +501,19 @@ def train(
     return net
 
 
+def beginning(count: int) -> Tensor:
+    """The state (count, 128) of a network that has heard nothing yet."""
+    return torch.zeros(count, PHONE_FEATURES)
+
+
 def predict(net: MotionNet, rows: F32) -> F32:
     """Coefficients (n, k) for each 20 ms of all the rows of a clip."""
     steps = len(rows) // MEL_PER_STEP
-    context = padded_rows(rows, -net.left_rows, steps * MEL_PER_STEP + net.extra_rows)
+    first = AHEAD_ROWS + 1 - MEL_PER_STEP - net.extra_rows
+    context = padded_rows(rows, first, steps * MEL_PER_STEP + net.extra_rows)
     with torch.no_grad():
-        return np.asarray(net(torch.from_numpy(context[None]))[0, :steps].numpy(), np.float32)
+        told, _ = net(torch.from_numpy(context[None]), beginning(1))
+    return np.asarray(told[0, :steps].numpy(), np.float32)
 
 
 def correlations(out: F32, target: F32, weight: F32, reach: int) -> F32:
@@ -639,8 +657,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("work/data"), help="packed clips, voices and recordings")
     parser.add_argument("--weights", type=Path, default=Path("work/weights"), help="has sound.pt and the basis")
     parser.add_argument("--name", default="motion", help="of the weights file")
-    parser.add_argument("--heads", type=int, default=usual.heads, help="whose mean is heard")
-    parser.add_argument("--plain", type=int, default=usual.plain, help="heads that hear log-mel rows alone")
+    parser.add_argument(
+        "--heads", nargs="+", choices=[*HEARS, *(h + PLAIN for h in HEARS)], default=usual.heads, help="what each hears"
+    )
     parser.add_argument("--iterations", type=int, default=usual.iterations, help="of each head")
     parser.add_argument("--rate", type=float, default=usual.rate, help="of learning, at its highest")
     parser.add_argument("--decay", type=float, default=usual.decay, help="of the weights")
@@ -670,8 +689,7 @@ def main() -> None:
     trained = [m for m in motions if m.row.split == "train" and m.targets()[1].sum() > 10]
     if args.step == "train":
         options = Options(
-            heads=2 if args.smoke else args.heads,
-            plain=args.plain,
+            heads=tuple(args.heads[-2:] if args.smoke else args.heads),
             iterations=6 if args.smoke else args.iterations,
             batch=args.batch,
             synthetic=args.synthetic,
@@ -696,7 +714,7 @@ def main() -> None:
         material = Material.of(
             trained,
             {voice_name(i): v for i, v in enumerate(voices) if i >= held},
-            {recording_name(i): rows_of(pcm) for i, pcm in enumerate(recordings)},
+            {recording_name(i): heard_rows(pcm) for i, pcm in enumerate(recordings)},
             lessons,
             sound,
             options,

@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from beavervision.errors import BeaverVisionError
 from beavervision.media import F32
-from beavervision.models.beaver import Equaliser
 from beavervision.models.sync import SOUND_RMS
 from beavervision.speech import Phone, Speaker
-from beavervision.stages.hear import LOG_MEL, RATE_HZ, Resampler
-from training.clips import STEP_S
+from beavervision.stages.hear import RATE_HZ, Resampler
+from training.clips import STEP_S, heard_rows
 
 _EDGE_MS = 200.0  # silence around each sentence
 _SHARES = {"hibari": 0.25, "kokoro": 0.65, "espeak": 0.1}  # of the sentences, among the engines that work
@@ -153,17 +152,12 @@ def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
         pcm = np.concatenate([*(resampler.push(c.audio.pcm) for c in chunks), resampler.end()])
         edge = np.zeros(int(_EDGE_MS / 1000 * RATE_HZ))
         pcm = np.concatenate([edge, pcm * SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
-        rows = rows_of(pcm)
+        rows = heard_rows(pcm)
         phones = tuple(p for c in chunks for p in c.phones)
         out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
         if len(out) == count:
             break
     return out
-
-
-def rows_of(pcm: F32) -> F32:
-    """The equalised log-mel rows (r, 64) of sound (samples,) at 16 kHz."""
-    return Equaliser().push(LOG_MEL.rows(pcm))
 
 
 def pack_sounds(sounds: list[F32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]:
@@ -194,7 +188,7 @@ def load(path: Path) -> list[Spoken]:
         steps, pieces = np.cumsum(raw["steps"])[:-1], unpack_sounds(raw["samples"], raw["pcm"])
         classes = np.split(raw["classes"].astype(np.int64), steps)
         centred = np.split(raw["centred"].astype(np.float32), steps)
-    return [Spoken(p, rows_of(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
+    return [Spoken(p, heard_rows(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
 
 
 def main() -> None:

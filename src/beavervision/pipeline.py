@@ -30,7 +30,7 @@ from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
 from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS
+from beavervision.models.beaver import LAST_ROW_MS
 from beavervision.models.beaver import load as load_beaver
 from beavervision.models.between import load_between
 from beavervision.models.boxes import FaceBoxes
@@ -647,8 +647,8 @@ class _Model:
 
 class _Beaver(_Model):
     card = BEAVER
-    row_ahead_ms = 10.0 * (EXTRA_ROWS + 1 - LEFT_ROWS) + 10.0  # and one row, to interpolate
-    front_end = "logmel"
+    row_ahead_ms = LAST_ROW_MS + 2.5  # a picture takes the nearest of rows each 5 ms
+    front_end = "logmel_dense"
     seams = False
 
     def __init__(self, name: str, device: str, threads: int, data_dir: Path, allow_non_commercial: bool) -> None:

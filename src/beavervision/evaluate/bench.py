@@ -379,7 +379,7 @@ def _prepared(source: Path) -> tuple[BeaverSync, list[Clip], tuple[_Timed, _Time
     motion, painter = _Timed(beaver.motion), _Timed(beaver.painter)
     stage = BeaverSync(motion, painter, beaver.basis, profile)
     voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
-    hear = Hear("logmel", beaver.timing.left_context_ms, beaver.timing.look_ahead_ms, voice)
+    hear = Hear("logmel_dense", beaver.timing.left_context_ms, beaver.timing.look_ahead_ms, voice)
     spoken = (chunk.audio for chunk in Speaker(threads=1).speak(_WORDS, language="en"))
     clips = hear(Detect(nets)(Decode(_BLOCK)(info)), spoken)
     return stage, list(itertools.islice(clips, _COMPARED_BLOCKS)), (motion, painter)

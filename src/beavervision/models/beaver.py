@@ -13,8 +13,10 @@ from beavervision.models.cards import BEAVER, Timing, load_data
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.torch_runtime import INSTALL_TORCH, TorchNet
 
-# The motion net's context, in log-mel rows: before a step's own row, and all rows beyond two for each step.
-LEFT_ROWS, EXTRA_ROWS = 34, 46
+# The motion net takes two log-mel rows, 10 ms apart, for each step of 20 ms, and EXTRA_ROWS before them. The last row that a step
+# hears is centred LAST_ROW_MS after it. Of the rows before it hears CONTEXT_STEPS anew each time; what lies farther back is in its
+# state.
+EXTRA_ROWS, LAST_ROW_MS, CONTEXT_STEPS, PHONE_FEATURES = 46, 145, 16, 128
 SILENT_ROW = float(np.log(1e-5))  # a log-mel row of digital silence
 
 

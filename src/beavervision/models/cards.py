@@ -60,7 +60,7 @@ BEAVER = ModelCard(
         "beaver_motion.safetensors",
         "beaver_painter.safetensors",
     ),
-    timing=Timing(hop_ms=20, left_context_ms=370, look_ahead_ms=160),
+    timing=Timing(hop_ms=20, left_context_ms=340, look_ahead_ms=160),
 )
 WAV2LIP = ModelCard(
     name="wav2lip",

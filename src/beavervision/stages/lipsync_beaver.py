@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from math import ceil, floor
 
 import cv2
 import numpy as np
@@ -35,12 +34,22 @@ from beavervision.media import (
 )
 from beavervision.models import mesh
 from beavervision.models.basis import GAP_STD, REST_SHARE, MotionBasis
-from beavervision.models.beaver import EXTRA_ROWS, LEFT_ROWS, PAINT_SIZE, Equaliser, painted_rows
+from beavervision.models.beaver import (
+    CONTEXT_STEPS,
+    EXTRA_ROWS,
+    LAST_ROW_MS,
+    PAINT_SIZE,
+    PHONE_FEATURES,
+    Equaliser,
+    painted_rows,
+)
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.warp import Opening, triangle_flow, warped
 
-MEL_PER_STEP = 2  # rows for each motion step
-ROW = Fraction(1, 100)  # seconds from one log-mel row to the next
+_ROW_S = Fraction(1, 200)  # from one row of the sound to the next
+_DENSE = 2  # of them to each row of the motion net
+_ROWS_PER_STEP = 2  # of the motion net
+_STEP = _DENSE * _ROWS_PER_STEP
 _AMPLITUDES = (0.75, 1.35)
 _UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (87 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
@@ -53,27 +62,63 @@ _MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is p
 
 
 class _Ear:
-    """The rows of consecutive clips, equalised once each however far the clips overlap in what they hear."""
+    """What one stream hears, clip by clip, as mouth motion: each row is equalised once, however far clips overlap in what they
+    hear, and the network goes on from where it was.
 
-    def __init__(self) -> None:
-        self._equaliser = Equaliser()
+    The network's steps lie 20 ms apart. Where pictures do not lie whole steps apart there are a few series of such steps, each
+    with a state of its own, so that every picture is near a step.
+    """
+
+    def __init__(self, motion: Net, rate: Fraction) -> None:
+        self._motion, self._rate = motion, rate
+        self._equalisers = [Equaliser() for _ in range(_DENSE)]
         self._rows: F32 | None = None
         self._stop = 0
+        period = Fraction(1) / rate / _ROW_S
+        self._series = np.unique([round(i * period) % _STEP for i in range(_STEP * period.denominator)])
+        self._states = np.zeros((len(self._series), PHONE_FEATURES), np.float32)
+        self._next = 0  # the picture that the states are those before
 
-    def equalised(self, heard: Heard) -> Heard:
-        fresh = self._equaliser.push(
-            heard.rows if self._rows is None else heard.rows[max(self._stop - heard.start, 0) :]
-        )
+    def __call__(self, heard: Heard, start: int, count: int) -> F32:
+        """The coefficients (count, k) at the times of the pictures from number `start` on, to within half a row."""
+        rows = self._equalised(heard)
+        if start != self._next:
+            self._states[:] = 0
+        times = np.array([self._time(start + i) for i in range(count)])
+        begin, after = self._first_steps(times[0]), self._first_steps(self._time(start + count))
+        gone = (after - begin) // _STEP
+        steps = max(int(times[-1] - times[0]) // _STEP + 1, int(gone.max()) - CONTEXT_STEPS)
+        last = begin[:, None] + round(Fraction(LAST_ROW_MS, 1000) / _ROW_S) - heard.start
+        wanted = last + _DENSE * np.arange(1 - _ROWS_PER_STEP - EXTRA_ROWS, _ROWS_PER_STEP * (steps - 1) + 1)
+        told, states = self._motion(rows[np.clip(wanted, 0, len(rows) - 1)], self._states)
+        known = np.concatenate([self._states[:, None], states], axis=1)
+        self._states, self._next = known[np.arange(len(gone)), gone], start + count
+        which = np.searchsorted(self._series, times % _STEP)
+        return np.asarray(told[which, (times - begin[which]) // _STEP], np.float32)
+
+    def _time(self, picture: int) -> int:
+        """The row that is nearest to it."""
+        return round(Fraction(picture) / self._rate / _ROW_S)
+
+    def _first_steps(self, time: int) -> npt.NDArray[np.intp]:
+        """Of each series, the first from `time` on."""
+        return time + (self._series - time) % _STEP
+
+    def _equalised(self, heard: Heard) -> F32:
+        first = heard.start if self._rows is None else max(self._stop, heard.start)
+        fresh = heard.rows[first - heard.start :].copy()
+        for i in range(_DENSE):
+            fresh[i::_DENSE] = self._equalisers[(first + i) % _DENSE].push(fresh[i::_DENSE])
         rows = fresh if self._rows is None else np.concatenate([self._rows, fresh])[-len(heard.rows) :]
         self._rows, self._stop = rows, heard.start + len(rows)
-        return replace(heard, rows=rows)
+        return rows
 
 
 class BeaverSync:
     """The lip-sync stage of the default model for one source.
 
-    motion takes log-mel rows (b, t, 64) and gives coefficients (b, n, k); painter takes (n, 12, h, 96) and gives (n, 3, h, 96),
-    both as in :mod:`beavervision.models.nets.beaver`.
+    motion takes log-mel rows (b, t, 64) and a state (b, 128) and gives coefficients (b, n, k) and states (b, m, 128); painter
+    takes (n, 12, h, 96) and gives (n, 3, h, 96); both as in :mod:`beavervision.models.nets.beaver`.
     """
 
     name = "lipsync"
@@ -86,7 +131,7 @@ class BeaverSync:
         self._reference = _ReferenceMouth.of(profile.references)
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        gate, ear = 0.0, _Ear()
+        gate, ear = 0.0, None
         for clip in clips:
             if clip.heard is None or clip.track is None:
                 raise ValueError("lip sync needs clips that were heard and tracked")
@@ -96,25 +141,9 @@ class BeaverSync:
                 pace = _GATE_OPEN_S if voice > 0.5 else _GATE_CLOSE_S
                 gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
-            motion = self._hear(ear.equalised(clip.heard), clip.frames.start, len(clip), rate)
+            ear = ear or _Ear(self._motion, rate)
+            motion = ear(clip.heard, clip.frames.start, len(clip))
             yield self.draw(clip, motion * (self._profile.amplitude * gates[:, None]))
-
-    def _hear(self, heard: Heard, start: int, count: int, rate: Fraction) -> F32:
-        """The coefficients (count, k) at the times of the pictures: the network's, or linearly between those of two rows."""
-        times = [Fraction(start + i) / rate / ROW for i in range(count)]
-        first = floor(times[0])
-        # Where each picture has a step of its own, no steps are needed between these.
-        phases = 1 if all((t - first) % MEL_PER_STEP == 0 for t in times) else MEL_PER_STEP
-        steps = -(-(ceil(times[-1]) - first + 1) // MEL_PER_STEP)
-        begin = np.arange(first, first + phases)[:, None] - LEFT_ROWS - heard.start
-        wanted = begin + np.arange(steps * MEL_PER_STEP + EXTRA_ROWS)
-        (told,) = self._motion(heard.rows[np.clip(wanted, 0, len(heard.rows) - 1)])
-        out = told.transpose(1, 0, 2).reshape(phases * steps, -1)
-        local = np.array([float((t - first) * phases / MEL_PER_STEP) for t in times])
-        low = np.minimum(local.astype(int), len(out) - 1)
-        high = np.minimum(low + 1, len(out) - 1)
-        part = (local - low)[:, None].astype(np.float32)
-        return np.asarray(out[low] * (1 - part) + out[high] * part, np.float32)
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""

@@ -1,7 +1,7 @@
 """The networks of the default lip-sync model, in PyTorch: what its ONNX files are exported from.
 
-:class:`MotionNet` hears log-mel rows and tells mouth motion. It has no padding: every output sees exactly its context, so
-it gives the same values however the sound is cut.
+:class:`MotionNet` hears log-mel rows and tells mouth motion. It has no padding, and what it remembers is given to it and comes
+back, so it gives the same values however the sound is cut.
 """
 
 from __future__ import annotations
@@ -15,22 +15,33 @@ from torch.nn import functional
 MEL_BINS = 64
 MEL_PER_STEP = 2  # mel rows (10 ms) for each motion step (20 ms)
 STEPS_HZ = 50
-LOOK_AHEAD_ROWS = 13  # rows after a step's own row that the step hears
-WORD_FEATURES, ROW_FEATURES = 384, MEL_PER_STEP * MEL_BINS  # of the sound, for each step
+WORD_FEATURES, PHONE_FEATURES, ROW_FEATURES = 384, 128, MEL_PER_STEP * MEL_BINS  # of the sound, for each step
+FEATURES = WORD_FEATURES + PHONE_FEATURES + ROW_FEATURES
+# What a head may hear of them, known by how many they are.
+HEARS = {
+    "words": slice(0, WORD_FEATURES),
+    "words+phones": slice(0, WORD_FEATURES + PHONE_FEATURES),
+    "phones+rows": slice(WORD_FEATURES, FEATURES),
+}
 
 _FEWER_BINS = 32
+_PHONE_BINS, _PHONE_ROWS = 80, 6
 _LEAK, _FLOOR = 0.2, -0.4
 _FAR = 8.0  # deviations from the mean at which a feature is cut
 _DILATIONS = (1, 2, 4, 1)  # of a head's layers
 
 
 class SoundNet(nn.Module):
-    """What each step hears: the features of a network that learned to tell spoken words apart in very many voices and rooms, and
-    plain rows.
+    """What each step hears: the features of two published networks, which learned in very many voices and rooms to tell spoken
+    words and phones apart, and plain rows.
 
-    The former are the first seven layers of Google's speech embedding (Lin et al., 2020, arXiv:2002.01322), 48 channels of 8
-    bands; its own 32 mel bands are told from three of our rows. Input (batch, 2 * n + :attr:`extra_rows`, 64); output
-    (batch, 384 + 128, n), about 0 and 1 in mean and deviation while somebody speaks, told from 16 rows, or the last two of them.
+    Words: the first seven layers of Google's speech embedding (Lin et al., 2020, arXiv:2002.01322), 48 channels of 8 bands; its
+    own 32 mel bands are told from three of our rows. Phones: the state of a gated recurrent layer (Cho et al., 2014), the first
+    one forward in time of the phone recogniser of snfa; its own 80 mel bands are told from six of our rows.
+
+    Input: rows (batch, 2 * n + :attr:`extra_rows`, 64), and the state (batch, 128) after the step before the first, 0 at the
+    beginning. Output: features (batch, 384 + 128 + 128, n), about 0 and 1 in mean and deviation while somebody speaks, told from
+    16 rows, from six and those before them, and from two; the last row is the same. Then the states (batch, n, 128).
     """
 
     extra_rows = 14
@@ -46,14 +57,17 @@ class SoundNet(nn.Module):
         self.coarse = nn.ModuleList(
             [_along_bands(24, 48), _along_time(48, 48), _along_bands(48, 48), _along_time(48, 48)]
         )
-        self.register_buffer("mean", torch.zeros(WORD_FEATURES + ROW_FEATURES, 1))
-        self.register_buffer("spread", torch.ones(WORD_FEATURES + ROW_FEATURES, 1))
+        self.phone_bands = nn.Conv1d(MEL_BINS, _PHONE_BINS, _PHONE_ROWS, stride=MEL_PER_STEP)
+        self.phones = nn.GRU(_PHONE_BINS, PHONE_FEATURES, batch_first=True)
+        self.register_buffer("mean", torch.zeros(FEATURES, 1))
+        self.register_buffer("spread", torch.ones(FEATURES, 1))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return ((self.raw(rows) - self.mean) / self.spread).clamp(-_FAR, _FAR)
+    def forward(self, rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        raw, states = self.raw(rows, state)
+        return ((raw - self.mean) / self.spread).clamp(-_FAR, _FAR), states
 
-    def raw(self, rows: Tensor) -> Tensor:
-        """The features as the layers give them."""
+    def raw(self, rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The features as the layers give them, and the states."""
         x: Tensor = self.bands(rows.transpose(1, 2)).transpose(1, 2)[:, None]
         x = _bent(self.norm(self.enter(x).relu()))
         for layer in self.fine:
@@ -62,8 +76,10 @@ class SoundNet(nn.Module):
         for layer in self.coarse:
             x = _bent(layer(x))
         words = functional.max_pool2d(x, (1, 2)).transpose(2, 3).flatten(1, 2)
+        bands = self.phone_bands(rows[:, self.extra_rows + MEL_PER_STEP - _PHONE_ROWS :].transpose(1, 2))
+        states: Tensor = self.phones(bands.transpose(1, 2), state[None])[0]
         plain = rows[:, self.extra_rows :].reshape(rows.shape[0], -1, ROW_FEATURES).transpose(1, 2)
-        return torch.cat([words, plain], dim=1)
+        return torch.cat([words, states.transpose(1, 2), plain], dim=1), states
 
 
 def _along_bands(inputs: int, outputs: int) -> nn.Conv2d:
@@ -81,7 +97,7 @@ def _bent(x: Tensor) -> Tensor:
 class MotionHead(nn.Module):
     """Dilated temporal convolutions (van den Oord et al., 2016) from what :class:`SoundNet` tells to mouth motion.
 
-    Input (batch, 512, n + :attr:`context_steps`), of which it hears the words' features or, with `plain`, the rows; output
+    Input (batch, 640, n + :attr:`context_steps`), of which it hears what `hears`, of :data:`HEARS`, names; output
     (batch, n, outputs).
     """
 
@@ -94,12 +110,12 @@ class MotionHead(nn.Module):
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
         *,
-        plain: bool = False,
+        hears: str = "words+phones",
     ) -> None:
         super().__init__()
-        self.heard = slice(WORD_FEATURES, None) if plain else slice(WORD_FEATURES)
+        self.heard = HEARS[hears]
         self.dropout = nn.Dropout(feature_dropout)
-        self.enter = nn.Conv1d(ROW_FEATURES if plain else WORD_FEATURES, channels, 1)
+        self.enter = nn.Conv1d(self.heard.stop - self.heard.start, channels, 1)
         self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in _DILATIONS)
         self.leave = nn.Conv1d(channels, outputs, 1)
 
@@ -118,8 +134,10 @@ class MotionHead(nn.Module):
 class MotionNet(nn.Module):
     """From log-mel rows to mouth motion: the mean of a few heads, which learned apart, on one :class:`SoundNet`.
 
-    Input (batch, 2 * n + `extra_rows`, 64); output (batch, n, outputs), one step each 20 ms. Step 0 belongs to the time of
-    row ``left_rows``.
+    Input: rows (batch, 2 * n + `extra_rows`, 64), each 10 ms; the state (batch, 128), 0 at the beginning of the sound, later the
+    one after as many steps as lie between the first step of the last call and that of this. Output: motion (batch, n, outputs),
+    one step each 20 ms; row ``extra_rows + 1 + 2 * i`` is the last that step i hears. Then the state after each step
+    (batch, n + context, 128).
     """
 
     def __init__(self, sound: SoundNet, heads: list[MotionHead]) -> None:
@@ -132,7 +150,8 @@ class MotionNet(nn.Module):
         """The network that fits the tensors of a saved one."""
         enters = [state[name] for name in sorted(state) if name.startswith("heads.") and name.endswith(".enter.weight")]
         outputs = len(state["heads.0.leave.bias"])
-        heads = [MotionHead(outputs, len(e), plain=e.shape[1] == ROW_FEATURES) for e in enters]
+        by_size = {heard.stop - heard.start: name for name, heard in HEARS.items()}
+        heads = [MotionHead(outputs, len(e), hears=by_size[e.shape[1]]) for e in enters]
         net = cls(SoundNet(), heads)
         net.load_state_dict(dict(state))
         return net
@@ -142,14 +161,9 @@ class MotionNet(nn.Module):
         """Rows that are context only: the input has 2 n + `extra_rows` for n steps out."""
         return MEL_PER_STEP * MotionHead.context_steps + self.sound.extra_rows
 
-    @property
-    def left_rows(self) -> int:
-        """Rows of context before a step's own row."""
-        return self.extra_rows + MEL_PER_STEP - 1 - LOOK_AHEAD_ROWS
-
-    def forward(self, rows: Tensor) -> Tensor:
-        features = self.sound(rows)
-        return torch.stack([head(features) for head in self.heads]).mean(dim=0)
+    def forward(self, rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        features, states = self.sound(rows, state)
+        return torch.stack([head(features) for head in self.heads]).mean(dim=0), states
 
 
 class _Block(nn.Module):
