@@ -93,7 +93,7 @@ _STILL_WINDOWS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heard:
-    """Features (m, 640) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
+    """Features (m, 512) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
 
     features: npt.NDArray[np.float16]
     first: float
@@ -185,7 +185,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taken:
-    """Features (b, 640, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
+    """Features (b, 512, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
 
     features: Tensor
     values: Tensor
@@ -352,7 +352,7 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", f"phones+rows{PLAIN}", "words")  # what each hears
+    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", "words")  # what each hears
     iterations: int = 1000
     batch: int = 12
     synthetic: int = 6
@@ -396,7 +396,7 @@ class Material:
     clips: list[Sound]
     said: list[Sound]
     recorded: list[Sound]
-    noise: Tensor  # features (b, 640, WINDOW + context) of sound in which nobody speaks
+    noise: Tensor  # features (b, 512, WINDOW + context) of sound in which nobody speaks
 
     @classmethod
     def of(
