@@ -255,8 +255,11 @@ def test_both_engines_compute_the_same() -> None:
     crops = rng.random((3, 12, 80, 96)).astype(np.float32)
     state = rng.uniform(-1, 1, (2, 128)).astype(np.float32)
     for name, given in (("motion", (rows, state)), ("painter", (crops,)), ("painter", (crops[:, :, 16:56],))):
-        for one, other in zip(*(net(name, "cpu", 1)(*given) for net in (onnx_net, torch_net)), strict=True):
+        ones, others = (net(name, "cpu", 1)(*given) for net in (onnx_net, torch_net))
+        for one, other in zip(ones, others, strict=True):
             assert np.abs(one - other).max() < 1e-4
+        if name == "motion":
+            assert [out.shape[1] for out in ones] == [10, 10 + CONTEXT_STEPS]
 
 
 @pytest.mark.parametrize(
