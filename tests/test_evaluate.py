@@ -420,7 +420,7 @@ def couple(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    share = Share(9, 10, 0.5)
+    share = Share(6, 10, 0.5)
     spoken = ArticulationReport(share, share, share, share, share, share, 0.05, 0.2, 9.0, 1.0, {})
     monkeypatch.setattr(table_module, "articulation", lambda *args: spoken)
     report = table_module.table(couple, model="beaver", device="cpu", limit=1)
@@ -432,7 +432,7 @@ def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatc
     assert clip.real.psnr_db is not None and clip.made.psnr_db is not None
     assert clip.real.psnr_db > clip.made.psnr_db > 20
     assert clip.made.sync_confidence is None, "three seconds are too short for the scorer"
-    assert min(clip.made.quality, 0.9) < report.articulated < max(clip.made.quality, 0.9)
+    assert 0.6 < report.articulated < clip.made.quality
     told = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert told["median_made"]["opening_r"] == clip.made.opening_r
     assert "real video" in _printed(table_module.format_table(report))
