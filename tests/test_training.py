@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 from beavervision.media import Heard
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
-from beavervision.models.nets.beaver import HEARS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet
+from beavervision.models.nets.beaver import HEARS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet, beginning
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import SOUND_RMS
@@ -99,7 +99,7 @@ def test_a_step_hears_no_further_than_its_last_row() -> None:
     net = MotionNet(SoundNet(), [MotionHead(3, channels=8, hears=name) for name in HEARS]).eval()
     steps = 4
     rows = torch.randn(1, MEL_PER_STEP * steps + net.extra_rows, 64)
-    start = motion.beginning(1)
+    start = beginning(1)
     step = 2
     last = net.extra_rows + MEL_PER_STEP - 1 + MEL_PER_STEP * step
     with torch.no_grad():
@@ -361,7 +361,7 @@ def test_the_published_layers_are_taken_over(tmp_path: Path) -> None:
         net.bands.weight.zero_()
         net.bands.bias.zero_()
         net.bands.weight[np.arange(32), np.arange(32), 1] = 1  # the bands are the middle row's first 32
-        ((told,), _) = net.raw(torch.from_numpy(rows), motion.beginning(1))
+        ((told,), _) = net.raw(torch.from_numpy(rows), beginning(1))
     (wanted,) = OnnxNet(path)(rows[:, None, 1:-1, :32])
     assert np.abs(told[:384].numpy() - wanted[0].transpose(0, 2, 1).reshape(384, -1)).max() < 1e-3
     with pytest.raises(SystemExit, match="openwakeword"):
@@ -419,7 +419,7 @@ def test_its_bands_are_told_from_our_rows(data: Path) -> None:
     sound.even_out(net, motions)
     with torch.no_grad():
         rows = [torch.from_numpy(m.even[None, : len(m.even) // 2 * 2]) for m in motions]
-        raw = torch.cat([net.raw(r, motion.beginning(1))[0][0] for r in rows], dim=1)
+        raw = torch.cat([net.raw(r, beginning(1))[0][0] for r in rows], dim=1)
     assert torch.allclose(net.mean[:, 0], raw.mean(dim=1), atol=1e-5)
     assert torch.allclose(net.spread[:, 0], raw.std(dim=1), atol=2e-3)
 

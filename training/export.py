@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from beavervision.media import POINTS
 from beavervision.models import between
-from beavervision.models.beaver import EXTRA_ROWS, PAINT_SIZE
+from beavervision.models.beaver import EXTRA_ROWS, PAINT_SIZE, PHONE_FEATURES
 from beavervision.models.cards import FACE_BETWEEN
-from beavervision.models.nets.beaver import MEL_BINS, PHONE_FEATURES, MotionNet, PainterNet
+from beavervision.models.nets.beaver import MEL_BINS, MotionNet, PainterNet
 from beavervision.models.nets.between import BetweenNet
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet

@@ -27,10 +27,10 @@ from beavervision.models.nets.beaver import (
     HEARS,
     MEL_BINS,
     MEL_PER_STEP,
-    PHONE_FEATURES,
     MotionHead,
     MotionNet,
     SoundNet,
+    beginning,
 )
 from training.clips import AHEAD_ROWS, SILENCE, STEP_S, Motion, heard_rows, learn_basis, load_all, padded_rows
 from training.lessons import COMPONENTS, Lesson, read_lessons, recording_name, voice_name
@@ -42,12 +42,8 @@ from training.voices import Spoken, Viseme, load
 BASIS_SIZE = 16
 WINDOW = 100  # steps of one example
 _VISEME_WEIGHTS = (0.5, 1.5, 1.5, 1.0, 1.0, 1.0, 0.5)
-_CLOSED_GAP, _BITTEN_GAP, _OPEN_GAP, _ROUND_WIDTH = (
-    -0.005,
-    0.035,
-    0.075,
-    -0.05,
-)  # wanted over the rest mouth, in eye distances
+# Wanted over the rest mouth, in eye distances.
+_CLOSED_GAP, _BITTEN_GAP, _OPEN_GAP, _ROUND_WIDTH = -0.005, 0.035, 0.075, -0.05
 
 
 def read_basis(path: Path) -> MotionBasis:
@@ -499,11 +495,6 @@ def train(
                 tensor.mul_(amount)
     print(f"gain {amount:.2f}")
     return net
-
-
-def beginning(count: int) -> Tensor:
-    """The state (count, 128) of a network that has heard nothing yet."""
-    return torch.zeros(count, PHONE_FEATURES)
 
 
 def predict(net: MotionNet, rows: F32) -> F32:

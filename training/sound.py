@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from beavervision.media import F32
-from beavervision.models.nets.beaver import MEL_PER_STEP, PHONE_FEATURES, SoundNet
+from beavervision.models.nets.beaver import MEL_PER_STEP, SoundNet, beginning
 from beavervision.models.runtime import OnnxNet
 from beavervision.stages.hear import RATE_HZ
 from training.clips import LATE_MS, Motion, load_all, padded_rows
@@ -107,7 +107,9 @@ def tell_bands(net: SoundNet, motions: list[Motion], bands: OnnxNet) -> float:
     given, wanted = [], []
     for motion in motions:
         silence = np.zeros(_HOP * (_BEFORE_ROWS + 2), np.float32)
-        sound = np.concatenate([silence, motion.pcm[16 * LATE_MS :], np.zeros(_WINDOW, np.float32)]) * 32767
+        sound = (
+            np.concatenate([silence, motion.pcm[LATE_MS * RATE_HZ // 1000 :], np.zeros(_WINDOW, np.float32)]) * 32767
+        )
         (told,) = bands(sound[None])
         rows = np.squeeze(told)[_BEFORE_ROWS:] / 10 + 2
         count = min(len(rows), len(motion.even))
@@ -145,9 +147,8 @@ def _fit(layer: nn.Conv1d, given: F32, wanted: F32) -> float:
 def even_out(net: SoundNet, motions: list[Motion]) -> None:
     """Bring the features of the clips' sound to a mean of 0 and a deviation of 1."""
     with torch.no_grad():
-        even = [m.even[: len(m.even) // MEL_PER_STEP * MEL_PER_STEP] for m in motions]
-        start = torch.zeros(1, PHONE_FEATURES)
-        heard = [net.raw(torch.from_numpy(rows[None]), start)[0] for rows in even if len(rows) > net.extra_rows]
+        even = [torch.from_numpy(m.even[None, : len(m.even) // MEL_PER_STEP * MEL_PER_STEP]) for m in motions]
+        heard = [net.raw(rows, beginning(1))[0] for rows in even if rows.shape[1] > net.extra_rows]
         every = torch.cat(heard, dim=2)[0]
         net.mean.copy_(every.mean(dim=1, keepdim=True))
         net.spread.copy_(every.std(dim=1, keepdim=True) + 1e-3)

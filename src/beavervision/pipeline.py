@@ -46,7 +46,7 @@ from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, p
 from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
 from beavervision.stages.encode import Encode
 from beavervision.stages.express import Express
-from beavervision.stages.hear import Hear
+from beavervision.stages.hear import LOG_MEL_DENSE, Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
 from beavervision.stages.lipsync_wav2lip import Wav2LipSync
 from beavervision.stages.mark import Mark
@@ -648,7 +648,7 @@ class _Model:
 class _Beaver(_Model):
     card = BEAVER
     row_ahead_ms = LAST_ROW_MS + 2.5  # a picture takes the nearest of rows each 5 ms
-    front_end = "logmel_dense"
+    front_end = LOG_MEL_DENSE.name
     seams = False
 
     def __init__(self, name: str, device: str, threads: int, data_dir: Path, allow_non_commercial: bool) -> None:

@@ -45,7 +45,7 @@ from beavervision.speech import Speaker
 from beavervision.stages.decode import Decode, probe
 from beavervision.stages.detect import Detect, FaceChoice, survey
 from beavervision.stages.encode import PRESETS
-from beavervision.stages.hear import Hear
+from beavervision.stages.hear import LOG_MEL_DENSE, Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
 
 SIZES = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720), "1080p": (1920, 1080), "2160p": (3840, 2160)}
@@ -379,7 +379,7 @@ def _prepared(source: Path) -> tuple[BeaverSync, list[Clip], tuple[_Timed, _Time
     motion, painter = _Timed(beaver.motion), _Timed(beaver.painter)
     stage = BeaverSync(motion, painter, beaver.basis, profile)
     voice = OnnxNet(load_data(SILERO_VAD.files[0]), name=SILERO_VAD.name)
-    hear = Hear("logmel_dense", beaver.timing.left_context_ms, beaver.timing.look_ahead_ms, voice)
+    hear = Hear(LOG_MEL_DENSE.name, beaver.timing.left_context_ms, beaver.timing.look_ahead_ms, voice)
     spoken = (chunk.audio for chunk in Speaker(threads=1).speak(_WORDS, language="en"))
     clips = hear(Detect(nets)(Decode(_BLOCK)(info)), spoken)
     return stage, list(itertools.islice(clips, _COMPARED_BLOCKS)), (motion, painter)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from beavervision.models.beaver import PHONE_FEATURES
+
 MEL_BINS = 64
 MEL_PER_STEP = 2  # mel rows (10 ms) for each motion step (20 ms)
 STEPS_HZ = 50
-WORD_FEATURES, PHONE_FEATURES = 384, 128  # of the sound, for each step
-FEATURES = WORD_FEATURES + PHONE_FEATURES
+WORD_FEATURES = 384
+FEATURES = WORD_FEATURES + PHONE_FEATURES  # of the sound, for each step
 HEARS = {"words": WORD_FEATURES, "words+phones": FEATURES}  # so many of the first of them a head hears
 
 _FEWER_BINS = 32
@@ -74,6 +76,11 @@ class SoundNet(nn.Module):
         bands = self.phone_bands(rows[:, self.extra_rows + MEL_PER_STEP - _PHONE_ROWS :].transpose(1, 2))
         states: Tensor = self.phones(bands.transpose(1, 2), state[None])[0]
         return torch.cat([words, states.transpose(1, 2)], dim=1), states
+
+
+def beginning(count: int) -> Tensor:
+    """The state (count, 128) of a :class:`SoundNet` that has heard nothing yet."""
+    return torch.zeros(count, PHONE_FEATURES)
 
 
 def _along_bands(inputs: int, outputs: int) -> nn.Conv2d:
