@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beavervision.errors import OutputError
+from beavervision.errors import InputError, OutputError
 
 
 @contextmanager
@@ -35,6 +35,25 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     with whole(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, limit_bytes: int) -> Any:
+    """The JSON document in a file of at most `limit_bytes`.
+
+    Raises:
+        InputError: it cannot be read, is larger, or is no JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}. Check the name and the rights.") from error
+    if len(data) > limit_bytes:
+        raise InputError(f"{path} is larger than {limit_bytes >> 10} KiB: it is not what was asked for.")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}). Correct it.") from error
 
 
 def partial(path: Path) -> Path:

@@ -12,8 +12,7 @@ import numpy as np
 
 from beavervision.errors import InputError, NoFaceError, OutputError, UsageError
 from beavervision.expression.controls import check_name, look_of
-from beavervision.expression.track import read_json
-from beavervision.files import write_json
+from beavervision.files import read_json, write_json
 from beavervision.media import F32, Face
 from beavervision.models.face import blendshape_names
 

@@ -18,8 +18,7 @@ from beavervision.errors import InputError, NoFaceError
 from beavervision.expression.alive import Manner
 from beavervision.expression.controls import controls
 from beavervision.expression.custom import USUAL
-from beavervision.expression.track import read_json
-from beavervision.files import write_json
+from beavervision.files import read_json, write_json
 from beavervision.media import F32, Face
 from beavervision.models import mesh
 from beavervision.models.face import blendshape_names

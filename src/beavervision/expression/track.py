@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beavervision.errors import InputError, UsageError
+from beavervision.errors import UsageError
 from beavervision.expression.controls import AUTO, look_of, parse
+from beavervision.files import read_json
 from beavervision.media import F32
 
 LIMIT_KEYS = 10_000
@@ -109,22 +109,3 @@ def _key(row: Any, custom: Mapping[str, F32] | None) -> Key:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def read_json(path: Path, limit_bytes: int) -> Any:
-    """The JSON document in a file of at most `limit_bytes`.
-
-    Raises:
-        InputError: it cannot be read, is larger, or is no JSON.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}. Check the name and the rights.") from error
-    if len(data) > limit_bytes:
-        raise InputError(f"{path} is larger than {limit_bytes >> 10} KiB: it is not what was asked for.")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}). Correct it.") from error
