@@ -64,7 +64,7 @@ def clips(rows: np.ndarray, count: int, voice: float = 1.0, strength: float = 1.
     for start in range(0, count, block):
         n = min(block, count - start)
         track = FaceTrack((face,) * n, (FaceState.OK,) * n, np.full(n, strength, np.float32), (0,) * n)
-        heard = Heard(around, -400, Fraction(1, 200), np.full(n, voice, np.float32))
+        heard = Heard(around, -400, Fraction(1, 200), *[np.full(n, voice, np.float32)] * 2)
         yield Clip(Frames((picture,) * n, start, RATE), track, None, heard)
 
 
@@ -121,7 +121,7 @@ def test_each_picture_hears_its_own_moment_and_no_further_than_declared(
 
     rows_ms = np.arange(-1000, 3000, 5, dtype=np.float32)[:, None]
     monkeypatch.setattr(Equaliser, "push", lambda _, rows: rows)
-    heard = Heard(rows_ms, -200, Fraction(1, 200), np.ones(7, np.float32))
+    heard = Heard(rows_ms, -200, Fraction(1, 200), *[np.ones(7, np.float32)] * 2)
     told = _Ear(own_rows, rate)(heard, 10, 7)[:, 0]
     times_ms = 1000 * (10 + np.arange(7)) / float(rate)
     assert np.abs(told - times_ms - LAST_ROW_MS).max() <= (0 if rate == 25 else 2.5)
@@ -148,7 +148,7 @@ def test_the_network_goes_on_from_the_step_before(rate: Fraction, monkeypatch: p
 
     monkeypatch.setattr(Equaliser, "push", lambda _, rows: rows)
     rows_ms = np.arange(-1000, 30_000, 5, dtype=np.float32)[:, None]
-    heard = Heard(rows_ms, -200, Fraction(1, 200), np.ones(7, np.float32))
+    heard = Heard(rows_ms, -200, Fraction(1, 200), *[np.ones(7, np.float32)] * 2)
     ear, picture = _Ear(counts, rate), 0
     for count in (8, 1, 3, 1, 8, 8, 2):
         ear(heard, picture, count)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from beavervision.errors import MediaError, NoAudioError, UsageError
-from beavervision.media import Audio, Color, Matrix, Patch, Picture, Region
+from beavervision.media import Audio, Color, Matrix, Patch, Phone, Picture, Region
 from beavervision.stages import decode
 from beavervision.stages.decode import Decode, audio_info, from_rgb, probe, read_audio, resample
 from tests.media_factory import (
@@ -657,6 +657,22 @@ def test_resampling_keeps_time_and_length(source: int, target: int) -> None:
         else:
             expected = 0.3 * np.sin(2 * np.pi * 440 * np.arange(got.shape[1]) / target)
             assert np.abs(got[0] - expected)[200:-200].max() < 2e-3
+
+
+@pytest.mark.parametrize("target", [48000, 24000])
+def test_phones_go_along_with_the_sound_in_which_they_begin(target: int) -> None:
+    phones = tuple(Phone("a", i * 70, i * 70 + 70) for i in range(20))
+    blocks = []
+    for i in range(0, 36_000, 1700):
+        begins = tuple(p for p in phones if i <= p.start_ms * 24 < i + 1700)
+        blocks.append(Audio(np.zeros((1, min(1700, 36_000 - i)), np.float32), 24000, i, begins))
+    out = list(resample(iter(blocks), target))
+    assert tuple(p for b in out for p in b.phones) == phones
+    for block in out:
+        for phone in block.phones:
+            begin = phone.start_ms * target / 1000
+            assert begin < block.start + block.samples
+            assert begin >= block.start or target == 48000  # the resampler holds the last samples back
 
 
 def test_mixing() -> None:

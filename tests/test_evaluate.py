@@ -422,7 +422,7 @@ def couple(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = Share(6, 10, 0.5)
     spoken = ArticulationReport(share, share, share, share, share, share, 0.05, 0.2, 9.0, 1.0, {})
-    monkeypatch.setattr(table_module, "articulation", lambda *args: spoken)
+    monkeypatch.setattr(table_module, "articulation", lambda *args, by_ear: spoken)
     report = table_module.table(couple, model="beaver", device="cpu", limit=1)
     (clip,) = report.clips
     assert clip.made.opening_r is not None and clip.made.opening_r > 0.8

@@ -147,6 +147,17 @@ def test_the_portrait_speaks_and_is_measured(
     assert report["model"]["name"] == "beaver"
 
 
+def test_the_lips_are_led_by_the_phones_of_a_voice_unless_they_are_not_told(portrait: Path) -> None:
+    pipeline = Pipeline()
+    sentences = ("Five vivid leaves of ivy.", "Pam, would you buy a map?")
+    told, by_ear = (articulation(pipeline, portrait, sentences=sentences, by_ear=ear) for ear in (False, True))
+    for kind in ("closed", "lip_teeth", "rounded"):
+        share, heard = getattr(told, kind), getattr(by_ear, kind)
+        assert share.of == heard.of >= 3
+        assert share.right >= max(heard.right, 0.8 * share.of)
+    assert told.lip_teeth.right > by_ear.lip_teeth.right, "the f of five comes after silence"
+
+
 def test_nothing_to_say_and_no_face_are_told(tmp_path: Path) -> None:
     pipeline = Pipeline()
     with pytest.raises(UsageError, match="at least one sentence"):

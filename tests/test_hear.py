@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from beavervision.errors import MediaError, NoAudioError
-from beavervision.media import F32, Audio, Clip, Frames, Picture, pictures_for, sample_at
+from beavervision.media import F32, Audio, Clip, Frames, Phone, Picture, pictures_for, sample_at
 from beavervision.models.cards import load_data
 from beavervision.models.runtime import OnnxNet
 from beavervision.stages.hear import (
@@ -206,6 +207,42 @@ def test_features_cover_the_clip_and_its_surroundings() -> None:
             assert (stop - 2) / 100 < end + Fraction(16, 100) <= (stop - 1) / 100
             assert np.abs(clip.heard.rows - whole[100 + first : 100 + stop]).max() < 1e-6
             assert clip.heard.voice.shape == (len(clip),)
+
+
+def test_phones_are_told_around_each_clip_however_the_sound_is_cut() -> None:
+    phones = [Phone("a", at, at + 50) for at in range(30, 1950, 90)]
+
+    def told(sizes: int, longest: int) -> Iterator[tuple[float, float, tuple[Phone, ...]]]:
+        blocks = (
+            replace(b, phones=tuple(p for p in phones if b.start <= p.start_ms * 16 < b.start + b.samples))
+            for b in sound(noise(1, 32_000), 16_000, longest)
+        )
+        for clip in Hear("logmel", 200, 160, SilentNet())(clips(60, Fraction(25), sizes), blocks):
+            assert clip.heard is not None
+            yield clip.frames.start * 40, clip.frames.stop * 40, clip.heard.phones
+
+    for sizes in (1, 8):
+        one, other = list(told(sizes, 500)), list(told(sizes, 20_000))
+        assert one == other
+        for begin_ms, end_ms, found in one:
+            assert list(found) == [p for p in phones if p.start_ms < end_ms + 160 and p.end_ms > begin_ms - 300]
+
+
+def test_speech_that_is_coming_is_known_beforehand() -> None:
+    class Loud:
+        """Speech is what is not silent."""
+
+        def __call__(self, *inputs: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.generic], ...]:
+            return np.full((1, 1), np.abs(inputs[0]).max() > 0.01, np.float32), inputs[1]
+
+    pcm = noise(1, 48_000)
+    pcm[:, : 16_000 * 2] = 0
+    for coming_ms, before in ((0, 3), (700, 18)):
+        hear = Hear("logmel", 200, 160, Loud(), coming_ms=coming_ms)
+        heard = [c.heard for c in hear(clips(75, Fraction(25)), sound(pcm, 16_000)) if c.heard]
+        voice, coming = np.concatenate([h.voice for h in heard]), np.concatenate([h.coming for h in heard])
+        assert 50 - int(voice.argmax()) in (3, 4)  # 120 ms, in chunks of 32 ms
+        assert 50 - int(coming.argmax()) in (before, before + 1)
 
 
 def test_sound_is_read_no_further_than_needed() -> None:

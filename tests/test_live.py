@@ -21,10 +21,11 @@ from beavervision.evaluate.samples import portrait
 from beavervision.live import Avatar, Camera, Event, LiveEngine, LiveSession, ManualClock, Moment
 from beavervision.live import session as session_module
 from beavervision.live.session import WORK_S
-from beavervision.live.sound import RATE_HZ, Converter
-from beavervision.media import F32, Audio, Picture, sample_at
+from beavervision.live.sound import RATE_HZ, Converter, SoundLine
+from beavervision.media import F32, Audio, Phone, Picture, sample_at
 from beavervision.models import face as face_module
 from beavervision.models.runtime import OnnxNet
+from beavervision.models.visemes import Lead
 from beavervision.pipeline import Pipeline
 from beavervision.settings import Settings
 from beavervision.stages.decode import Decode, probe
@@ -207,6 +208,44 @@ def test_a_text_is_said_sentence_by_sentence_and_told(engine: LiveEngine) -> Non
     assert moving[0] / 25 == pytest.approx(loud[0], abs=0.17)
     assert moving[-1] / 25 == pytest.approx(loud[-1], abs=0.7)
     assert not any(m.speaking for m in moments[-5:])
+
+
+def test_the_lips_are_led_by_the_phones_of_a_text(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Pam saw five."
+
+    def said() -> tuple[int, list[Moment]]:
+        events: list[Event] = []
+        session = engine.open(still())
+        session.on_event(events.append)
+        session.say(text)
+        moments = watch(session, 60)
+        session.close()
+        return next(e.sample for e in events if e.kind == "started"), moments
+
+    begun, led = said()
+    monkeypatch.setattr(Lead, "__call__", lambda lead, motion, *_: motion)
+    assert said()[0] == begun
+    _, heard = said()
+    changed_ms = [m.index * 40 for m, other in zip(led, heard, strict=True) if differs(m.picture, other.picture) > 8]
+    labial = [p for c in pipeline().speaker.speak(text) for p in c.phones if p.ipa in "pmfv"]
+    assert len(labial) == 4
+    begun_ms = begun * 1000 / RATE_HZ
+    spans = [(begun_ms + p.start_ms - 180, begun_ms + p.end_ms + 80) for p in labial]
+    assert changed_ms and all(any(a < at < b for a, b in spans) for at in changed_ms)
+    assert any(spans[0][0] < at < spans[0][1] for at in changed_ms), "the p after silence"
+
+
+def test_phones_stay_at_their_sound_on_the_line() -> None:
+    line = SoundLine()
+    start = line.write(np.zeros(RATE_HZ, np.float32), RATE_HZ // 2, 0)
+    line.tell([Phone("p", 0, 100), Phone("a", 100, 400), Phone("m", 400, 900)], start)
+    assert line.phones(0, RATE_HZ, 0) == (Phone("p", 500, 600), Phone("a", 600, 900), Phone("m", 900, 1400))
+    assert line.phones(round(0.6 * RATE_HZ), RATE_HZ, RATE_HZ // 2) == (Phone("a", 100, 400), Phone("m", 400, 900))
+    line.cut(round(0.7 * RATE_HZ))
+    assert [p.ipa for p in line.phones(0, 10 * RATE_HZ, 0)] == ["p", "a"]
+    line.pad(100 * RATE_HZ, 99 * RATE_HZ)
+    line.tell([Phone("f", 0, 50)], 100 * RATE_HZ)
+    assert line.phones(0, 200 * RATE_HZ, 0) == (Phone("f", 100_000, 100_050),), "what was heard long ago is forgotten"
 
 
 def test_silence_costs_no_network_and_a_still_stays_one_picture(

@@ -127,7 +127,7 @@ def test_a_step_learns_with_the_rows_that_the_product_will_give_it() -> None:
             return tuple(x.numpy() for x in net(*(torch.from_numpy(x) for x in given)))
 
     before = np.full((100, 64), clips.SILENCE, np.float32)
-    around = Heard(np.concatenate([before, dense, before]), -100, Fraction(1, 200), np.ones(75, np.float32))
+    around = Heard(np.concatenate([before, dense, before]), -100, Fraction(1, 200), *[np.ones(75, np.float32)] * 2)
     ear = _Ear(hears, Fraction(25))
     told = np.concatenate([ear(around, i, 15) for i in range(0, 75, 15)])
     learned = motion.predict(net, heard)

@@ -74,7 +74,7 @@ def stream(faces: Sequence[Face | None], rate: Fraction, size: int, shots: list[
             Frames(tuple(picture(start + i) for i in range(n)), start, rate),
             FaceTrack(tuple(part), states, strength, tuple(shots[start : start + n])),
             Audio(np.zeros((1, n), np.float32), 16_000),
-            Heard(rows, 0, Fraction(1, 80), np.ones(n, np.float32)),
+            Heard(rows, 0, Fraction(1, 80), *[np.ones(n, np.float32)] * 2),
         )
 
 

@@ -117,6 +117,13 @@ def lipsync(
     text: Annotated[str | None, typer.Option(help="What to say.")] = None,
     text_file: Annotated[Path | None, typer.Option(help="A text file (UTF-8) to say; - is standard input.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Recorded speech to follow: a sound file or a video.")] = None,
+    phones: Annotated[
+        Path | None,
+        typer.Option(
+            help="The times of the speech sounds in --audio, a JSON file as `beavervision say --phones` writes it, which the lips "
+            "then follow. A text's are known."
+        ),
+    ] = None,
     subtitles: Annotated[Path | None, typer.Option(help="Subtitles (SRT or WebVTT) to say, each at its time.")] = None,
     voice: Voice = None,
     language: Language = None,
@@ -193,7 +200,7 @@ def lipsync(
             f"Say what to speak: exactly one of {', '.join(words)}"
             + (f", not {' and '.join(given)}." if given else ".")
         )
-    _check_apart([source, text_file, audio, subtitles, expression_track, style], [out, report, sheet])
+    _check_apart([source, text_file, audio, phones, subtitles, expression_track, style], [out, report, sheet])
     for path in (report, sheet):
         _check_place(path)
     settings = Settings.load()
@@ -210,6 +217,7 @@ def lipsync(
             out,
             text=text,
             audio=audio,
+            phones=phones,
             subtitles=subtitles,
             voice=voice,
             language=language,
@@ -662,6 +670,9 @@ def evaluate_redraw(
 def evaluate_articulation(
     source: Annotated[Path, typer.Argument(metavar="FACE", help="A video or a picture of the face.")],
     voice: Voice = None,
+    by_ear: Annotated[
+        bool, typer.Option("--by-ear", help="Do not tell the model the speech sounds, as if the speech were recorded.")
+    ] = False,
     seed: Seed = 0,
     model: Model = None,
     device: Device = None,
@@ -677,7 +688,7 @@ def evaluate_articulation(
     _check_plot(plot)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     with _progress(quiet) as told:
-        measured = articulation(pipeline, source, voice=voice, seed=seed, on_progress=told)
+        measured = articulation(pipeline, source, voice=voice, by_ear=by_ear, seed=seed, on_progress=told)
     _plot(panels(measured), plot)
     _show(as_json, measured.as_dict(), format_table(measured))
 

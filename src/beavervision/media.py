@@ -267,13 +267,27 @@ class Frames:
         return self.start + len(self.pictures)
 
 
+@dataclass(frozen=True, slots=True)
+class Phone:
+    """One speech sound in IPA (no stress marks; diphthongs and affricates are one phone), on the clock of the sound it is in."""
+
+    ipa: str
+    start_ms: int
+    end_ms: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """Consecutive sound: pcm (channels, samples) float32 in -1..1, the first being sample number `start`."""
+    """Consecutive sound: pcm (channels, samples) float32 in -1..1, the first being sample number `start`.
+
+    phones are the speech sounds that begin in it, in order, as far as they are known: synthetic speech tells them. Their clock
+    starts at sample 0.
+    """
 
     pcm: F32
     rate_hz: int
     start: int = 0
+    phones: tuple[Phone, ...] = ()
 
     def __post_init__(self) -> None:
         if self.pcm.ndim != 2 or self.pcm.dtype != np.float32 or self.rate_hz <= 0 or self.start < 0:
@@ -360,13 +374,17 @@ class Heard:
     """Speech features around a clip: rows (t, bins); row k is centred at ``(start + k) * hop`` seconds.
 
     The rows cover the clip's time and the left context and look-ahead that the model declared. voice (n,) is the
-    probability of speech while each picture shows or, within the look-ahead, shortly after.
+    probability of speech while each picture shows or, within the look-ahead, shortly after; coming (n,) the same for so long after
+    it as a mouth gets ready to speak, where the sound is known that far ahead. phones are those that the sound told of around the
+    clip, up to the look-ahead.
     """
 
     rows: F32
     start: int
     hop: Fraction
     voice: F32
+    coming: F32
+    phones: tuple[Phone, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

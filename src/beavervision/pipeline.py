@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -28,7 +29,7 @@ from beavervision.engine.memory import MemoryBudget
 from beavervision.engine.placement import DevicePlan, StageCost, available_devices, plan, resolve
 from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
-from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Picture, Stage, pictures_for
+from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Phone, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import LAST_ROW_MS
 from beavervision.models.beaver import load as load_beaver
@@ -41,12 +42,12 @@ from beavervision.models.restorers import Restorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
-from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt
+from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt, phones_of, read_phones
 from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, probe, read_audio, resample
 from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
 from beavervision.stages.encode import Encode
 from beavervision.stages.express import Express
-from beavervision.stages.hear import LOG_MEL_DENSE, Hear
+from beavervision.stages.hear import COMING_MS, LOG_MEL_DENSE, Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
 from beavervision.stages.lipsync_wav2lip import Wav2LipSync
 from beavervision.stages.mark import Mark
@@ -167,6 +168,7 @@ class Pipeline:
         *,
         text: str | None = None,
         audio: Path | str | None = None,
+        phones: Path | str | Sequence[Phone | Mapping[str, Any]] | None = None,
         subtitles: Path | str | None = None,
         voice: str | None = None,
         language: str | None = None,
@@ -194,6 +196,9 @@ class Pipeline:
 
         Args:
             source: a video or a still.
+            phones: the times of the speech sounds in `audio`, where they are known, as
+                :func:`beavervision.speech.phones_of` or the JSON file that has them: the lips are led by them, as by those of a
+                text.
             voice, language, speed, pitch, seed: of synthetic speech, as :meth:`beavervision.speech.Speaker.speak`.
             fit: a picture shorter than the sound plays back and forth (``loop``) or holds its last frame (``freeze``), and a
                 longer one is cut; ``trim`` ends with the shorter of the two; ``keep`` keeps the picture's own length.
@@ -236,7 +241,7 @@ class Pipeline:
         notes += info.notes
         script = self._script(expression, expression_track)
         manner = style if style is None else _style(style)
-        words = self._words(text, audio, subtitles, voice, language, speed, pitch, seed, script, notes.append)
+        words = self._words(text, audio, phones, subtitles, voice, language, speed, pitch, seed, script, notes.append)
         sound = _begun(words.blocks())
         alive = info.kind == "still" if alive is None else alive
         expresses = alive or manner is not None or script.anything
@@ -259,7 +264,7 @@ class Pipeline:
         watch = Watch(info.rate, sheet=sheet is not None)
 
         def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
-            return self._hear()(
+            return self._hear(COMING_MS)(
                 clips,
                 sound,
                 background=background,
@@ -464,9 +469,11 @@ class Pipeline:
         for budget in self.budgets:
             budget.check()
 
-    def _hear(self) -> Hear:
+    def _hear(self, coming_ms: float = 0.0) -> Hear:
         timing = self._model.timing
-        return Hear(self._model.front_end, timing.left_context_ms, timing.look_ahead_ms, self._voice)
+        return Hear(
+            self._model.front_end, timing.left_context_ms, timing.look_ahead_ms, self._voice, coming_ms=coming_ms
+        )
 
     def _survey(self, info: SourceInfo, nets: FaceNets, choice: FaceChoice) -> Survey:
         """Look at the first seconds; where they hold no face, at the rest."""
@@ -497,6 +504,7 @@ class Pipeline:
         self,
         text: str | None,
         audio: Path | str | None,
+        phones: Path | str | Sequence[Phone | Mapping[str, Any]] | None,
         subtitles: Path | str | None,
         voice: str | None,
         language: str | None,
@@ -514,8 +522,11 @@ class Pipeline:
                 "Say what the face should speak: exactly one of text, audio or subtitles"
                 + (f", not {' and '.join(given)}." if given else ".")
             )
+        if phones is not None and audio is None:
+            raise UsageError("phones are those of recorded speech: give audio with them. A text's are known.")
         if audio is not None:
-            return _Recorded(Path(audio))
+            known = read_phones(Path(phones)) if isinstance(phones, (str, Path)) else phones_of(phones or ())
+            return _Recorded(Path(audio), known)
         chosen = self.speaker.voice(*self.settings.voice_for(voice, language))
         how: dict[str, Any] = {"voice": chosen.name, "speed": speed, "pitch": pitch, "seed": seed}
         facts = {"voice": chosen.name, "language": chosen.language, "engine": chosen.engine, "licence": chosen.licence}
@@ -769,19 +780,23 @@ class _Words:
 
 
 class _Recorded(_Words):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, phones: tuple[Phone, ...]) -> None:
         super().__init__()
         self._path = path
+        self._phones = phones
         stream = audio_info(path)
         self.rate_hz, self.channels = stream.rate_hz, stream.channels
         if stream.duration is not None:
             self._samples = int(stream.duration * stream.rate_hz)
 
     def blocks(self) -> Iterator[Audio]:
-        samples = 0
+        samples = told = 0
         for block in read_audio(self._path):
             samples += block.samples
-            yield block
+            ends_ms = samples * 1000 / block.rate_hz
+            first = told
+            told = bisect_left(self._phones, ends_ms, first, key=lambda phone: phone.start_ms)
+            yield replace(block, phones=self._phones[first:told])
         self._samples = samples
 
     def facts(self) -> dict[str, Any]:
@@ -789,6 +804,7 @@ class _Recorded(_Words):
         return {
             "kind": "audio",
             "path": str(self._path),
+            "phones": len(self._phones),
             "seconds": seconds,
             "rate_hz": self.rate_hz,
             "channels": self.channels,

@@ -129,6 +129,7 @@ def articulation(
     *,
     sentences: Sequence[str] = SENTENCES,
     voice: str | None = None,
+    by_ear: bool = False,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> ArticulationReport:
@@ -136,6 +137,7 @@ def articulation(
 
     Args:
         voice: one that knows the times of its phones; the default voice if None.
+        by_ear: do not tell the pipeline the phones, as if the speech were recorded.
 
     Raises:
         UsageError: no sentences.
@@ -149,7 +151,8 @@ def articulation(
     with tempfile.TemporaryDirectory(prefix="beavervision-articulation-") as scratch:
         sound, out = Path(scratch) / "speech.wav", Path(scratch) / "out.mp4"
         write_wav(spoken(pipeline, sentences, voice, seed, phones), sound)
-        report = pipeline.lipsync(face, out, audio=sound, alive=False, on_progress=on_progress)
+        told = None if by_ear else phones
+        report = pipeline.lipsync(face, out, audio=sound, phones=told, alive=False, on_progress=on_progress)
         track = lip_track(out, FaceNets())
     if track.seen < _LEAST_SEEN:
         raise InputError(f"{face}: the face is seen in {track.seen:.0%} of the pictures only. Use a steadier one.")
@@ -329,11 +332,12 @@ def spoken(
         begin = start
         for chunk in pipeline.speaker.speak(sentence, voice=chosen.name, seed=seed):
             moved_ms = round(begin * 1000 / chosen.rate_hz)
-            phones += [replace(p, start_ms=p.start_ms + moved_ms, end_ms=p.end_ms + moved_ms) for p in chunk.phones]
-            yield replace(chunk, audio=replace(chunk.audio, start=start))
+            moved = [replace(p, start_ms=p.start_ms + moved_ms, end_ms=p.end_ms + moved_ms) for p in chunk.phones]
+            phones += moved
+            yield replace(chunk, audio=replace(chunk.audio, start=start, phones=tuple(moved)))
             start += chunk.audio.samples
         silence = np.zeros((1, _PAUSE_MS * chosen.rate_hz // 1000), np.float32)
-        yield SpeechChunk(Audio(silence, chosen.rate_hz, start), "", (), TimingKind.NETWORK)
+        yield SpeechChunk(Audio(silence, chosen.rate_hz, start), "", TimingKind.NETWORK)
         start += silence.shape[1]
 
 

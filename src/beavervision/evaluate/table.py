@@ -150,7 +150,7 @@ def table(
 
     clips, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
     with portrait() as face:
-        spoken = articulation(pipeline, face)
+        spoken = articulation(pipeline, face, by_ear=True)
     return TableReport(split, facts, tuple(clips), spoken, left_out)
 
 

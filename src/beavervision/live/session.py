@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ from beavervision.expression.script import Asked
 from beavervision.live.avatar import Avatar
 from beavervision.live.footage import Camera, CameraFootage, Footage, Loop
 from beavervision.live.sound import HISTORY, RATE_HZ, Converter, Pcm16, SoundLine
-from beavervision.media import BLENDSHAPES, F32, U8, Audio, Clip, Expression, Picture, sample_at
+from beavervision.media import BLENDSHAPES, F32, U8, Audio, Clip, Expression, Phone, Picture, sample_at
 from beavervision.models.expression import load_basis
 from beavervision.speech import SpeechChunk, Voice
 from beavervision.stages.express import STILL, expressed
@@ -137,6 +137,7 @@ class _Utterance:
     since_s: float  # when it was asked for
     start: int | None = None
     stop: int = 0
+    written: int = 0  # samples: fewer than from start to stop where synthesis came late
     complete: bool = False
     begun: bool = False
     chunks: Iterator[SpeechChunk] | None = None  # still to be synthesised
@@ -475,8 +476,11 @@ class LiveSession:
         """Where the session's time stands; before the beginning and in a pause, at the next moment."""
         return float(self._next / self.rate) if self._origin_s is None else self.clock.now() - self._origin_s
 
-    def _write(self, utterance: _Utterance, pcm: F32, lead_s: float) -> None:
-        """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then."""
+    def _write(self, utterance: _Utterance, pcm: F32, lead_s: float, phones: Sequence[Phone] = ()) -> None:
+        """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then.
+
+        `phones` are in them, on the utterance's clock.
+        """
         if not len(pcm):
             return
         anew = utterance.start is None or self._broken
@@ -484,6 +488,8 @@ class LiveSession:
         not_before = round((now_s + lead_s) * RATE_HZ) if anew else self._line.head
         start = self._line.write(pcm, not_before, sample_at(self._next, self.rate, RATE_HZ) - HISTORY)
         self._broken = False
+        self._line.tell(phones, start - utterance.written)
+        utterance.written += len(pcm)
         self._draw_anew(start)
         if utterance.start is None:
             utterance.start = start
@@ -537,7 +543,7 @@ class LiveSession:
                     else:
                         utterance.converter = utterance.converter or Converter(chunk.audio.rate_hz)
                         lead_s = WORK_S + float(2 / self.rate)
-                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), lead_s)
+                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), lead_s, chunk.phones)
                         if utterance.told is not None and utterance.start is not None:
                             utterance.told.pass_on(self._script, utterance.start / RATE_HZ)
             if failed is not None:
@@ -841,7 +847,8 @@ class LiveSession:
                     raise AssertionError("hearing asks for more sound than it declares")
                 start, run.heard = run.heard, limit
                 pcm = self._line.read(base + start, base + limit)
-            yield Audio(pcm[None], RATE_HZ, start)
+                phones = self._line.phones(base + start, base + limit, base)
+            yield Audio(pcm[None], RATE_HZ, start, phones)
 
     def _draw(self, run: _Run) -> None:
         """Draw the pictures that were asked for."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import av
 import numpy as np
 
 from beavervision.errors import BusyError, UsageError
-from beavervision.media import F32
+from beavervision.media import F32, Phone
 
 RATE_HZ = 48_000
 HELD_S = 60.0  # of sound that may wait to be heard
@@ -21,13 +22,15 @@ _FADE = RATE_HZ // 100  # of sound that is cut
 
 
 class SoundLine:
-    """Samples by their number on the session's clock; silence where none were written. Not safe to share by itself."""
+    """Samples by their number on the session's clock; silence where none were written, and what phones are known. Not safe to
+    share by itself."""
 
     def __init__(self) -> None:
         self._pcm: F32 = np.zeros(RATE_HZ * 4, np.float32)
         self._first = 0  # number of the sample _pcm[0]
         self._measured = 0
         self._noise = 0.0  # root mean square of what was found to be no speech
+        self._phones: list[Phone] = []
         self.head = 0  # one after the last sample written
         self.loud_from = 0  # where the latest stretch that may be speech begins,
         self.loud_until = 0  # and one after its last sample so far
@@ -67,9 +70,21 @@ class SoundLine:
             out[a - start : b - start] = self._pcm[a - self._first : b - self._first]
         return out
 
+    def tell(self, phones: Iterable[Phone], sample: int) -> None:
+        """These phones, whose clock begins at `sample`, are in the sound; they follow those told before."""
+        moved_ms = round(sample * 1000 / RATE_HZ)
+        self._phones = [p for p in self._phones if p.end_ms * RATE_HZ > self._first * 1000]
+        self._phones += [_moved(p, moved_ms) for p in phones]
+
+    def phones(self, start: int, stop: int, base: int) -> tuple[Phone, ...]:
+        """Those that begin from sample `start` on and before `stop`, on a clock that begins at `base`."""
+        moved_ms = -round(base * 1000 / RATE_HZ)
+        return tuple(_moved(p, moved_ms) for p in self._phones if start * 1000 <= p.start_ms * RATE_HZ < stop * 1000)
+
     def cut(self, at: int) -> int:
         """Forget the sound from sample `at` on, but for a short fade; returns how many samples were there."""
         lost = max(self.head - at, 0)
+        self._phones = [p for p in self._phones if p.start_ms * RATE_HZ < at * 1000]
         if lost:
             local = at - self._first
             fade = min(_FADE, lost)
@@ -116,6 +131,10 @@ class SoundLine:
                 self.loud_from = begin
             self.loud_until = start + (int(loud[-1]) + 1) * _BLOCK
         self._measured = start + count * _BLOCK
+
+
+def _moved(phone: Phone, by_ms: int) -> Phone:
+    return replace(phone, start_ms=phone.start_ms + by_ms, end_ms=phone.end_ms + by_ms)
 
 
 class Converter:

@@ -7,7 +7,9 @@ An engine (:class:`Engine`) synthesises a sentence; :class:`Speaker` does what i
 cuts the text, refuses what cannot be said, trims silence, sets pauses and keeps the clock.
 """
 
-from beavervision.speech.base import Engine, Phone, Span, SpeechChunk, Spoken, TimingKind, Voice
+from beavervision.media import Phone
+from beavervision.speech.base import Engine, Span, SpeechChunk, Spoken, TimingKind, Voice
+from beavervision.speech.phone_times import phones_of, read_phones
 from beavervision.speech.speaker import LIMIT_CHARS, CueReport, Speaker, speak, write_wav
 from beavervision.speech.subtitles import Cue, parse_srt
 from beavervision.speech.text import SilentTextError, guess_language
@@ -27,6 +29,8 @@ __all__ = [
     "Voice",
     "guess_language",
     "parse_srt",
+    "phones_of",
+    "read_phones",
     "speak",
     "write_wav",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from beavervision.media import F32
-from beavervision.speech.base import Phone, Span, Spoken
+from beavervision.media import F32, Phone
+from beavervision.speech.base import Span, Spoken
 
 HOP_MS = 5
 FLOOR_DB = -45.0  # below the loudest hop: silence

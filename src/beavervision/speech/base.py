@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from beavervision.media import F32, Audio
+from beavervision.media import F32, Audio, Phone
 
 
 class TimingKind(StrEnum):
@@ -16,18 +16,9 @@ class TimingKind(StrEnum):
     EVENTS = "events"  # marks that the synthesiser set while it wrote the samples
 
 
-@dataclass(frozen=True, slots=True)
-class Phone:
-    """One speech sound in IPA (no stress marks; diphthongs and affricates are one phone), on the utterance's clock."""
-
-    ipa: str
-    start_ms: int
-    end_ms: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class SpeechChunk:
-    """A piece of an utterance: mono audio, the text heard in it, and its phones.
+    """A piece of an utterance: mono audio with its phones, and the text heard in it.
 
     Chunks follow one another without gap or overlap: each `audio.start` is the sum of the samples before it.
     The phones' clock starts at sample 0 of the utterance, like `audio.start`; they are in order, do not overlap
@@ -37,9 +28,12 @@ class SpeechChunk:
 
     audio: Audio
     text: str
-    phones: tuple[Phone, ...]
     timing: TimingKind
     dropped: str = ""
+
+    @property
+    def phones(self) -> tuple[Phone, ...]:
+        return self.audio.phones
 
 
 @dataclass(frozen=True, slots=True)

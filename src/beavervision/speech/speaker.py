@@ -13,9 +13,9 @@ import numpy as np
 
 from beavervision.errors import ModelError, OutputError, TextError, UsageError
 from beavervision.files import whole
-from beavervision.media import F32, Audio
+from beavervision.media import F32, Audio, Phone
 from beavervision.speech._sound import settled
-from beavervision.speech.base import Engine, Phone, SpeechChunk, Voice
+from beavervision.speech.base import Engine, SpeechChunk, Voice
 from beavervision.speech.espeak import EspeakEngine
 from beavervision.speech.hibari import HibariEngine
 from beavervision.speech.kokoro import KokoroEngine
@@ -187,7 +187,8 @@ class Speaker:
             if not len(pcm):
                 continue
             said = True
-            yield SpeechChunk(Audio(pcm[None], voice.rate_hz, start), piece.text, phones, voice.timing, piece.dropped)
+            audio = Audio(pcm[None], voice.rate_hz, start, phones)
+            yield SpeechChunk(audio, piece.text, voice.timing, piece.dropped)
             start += len(pcm)
         if not said:
             raise TextError(f"The voice {voice.name} makes no sound of {cut[0].text[:40]!r}. Write it in plain words.")
@@ -275,7 +276,7 @@ def _silence(start: int, stop: int, voice: Voice) -> Iterator[SpeechChunk]:
     step = SILENCE_S * voice.rate_hz
     for at in range(start, stop, step):
         pcm = np.zeros((1, min(step, stop - at)), np.float32)
-        yield SpeechChunk(Audio(pcm, voice.rate_hz, at), "", (), voice.timing)
+        yield SpeechChunk(Audio(pcm, voice.rate_hz, at), "", voice.timing)
 
 
 def _joined(chunks: Sequence[SpeechChunk]) -> SpeechChunk:
@@ -283,9 +284,8 @@ def _joined(chunks: Sequence[SpeechChunk]) -> SpeechChunk:
     pcm: F32 = np.concatenate([chunk.audio.pcm for chunk in chunks], axis=1)
     phones: tuple[Phone, ...] = tuple(phone for chunk in chunks for phone in chunk.phones)
     return SpeechChunk(
-        Audio(pcm, first.audio.rate_hz, first.audio.start),
+        Audio(pcm, first.audio.rate_hz, first.audio.start, phones),
         " ".join(chunk.text for chunk in chunks),
-        phones,
         first.timing,
         "".join(dict.fromkeys("".join(chunk.dropped for chunk in chunks))),
     )

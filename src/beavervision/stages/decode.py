@@ -29,7 +29,7 @@ from av.video.reformatter import ColorRange, Interpolation
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from beavervision.errors import MediaError, NoAudioError, UsageError
-from beavervision.media import F32, U8, Audio, Clip, Color, Frames, Matrix, Picture
+from beavervision.media import F32, U8, Audio, Clip, Color, Frames, Matrix, Phone, Picture
 
 Extend = Literal["loop", "freeze", "none"]
 Notify = Callable[[str], None]
@@ -263,7 +263,7 @@ def read_audio(
 
 
 def resample(blocks: Iterator[Audio], rate_hz: int, channels: int | None = None) -> Iterator[Audio]:
-    """Consecutive sound at another rate, without delay: n samples become exactly round(n * rate_hz / from).
+    """Consecutive sound at another rate, without delay: n samples become exactly round(n * rate_hz / from). Phones go along.
 
     channels mixes to 1 or 2 before that (the mean for mono; front and 0.7 of centre and surround for stereo).
 
@@ -278,12 +278,21 @@ def resample(blocks: Iterator[Audio], rate_hz: int, channels: int | None = None)
     taken = given = 0
     width = channels or first.channels
     layout = _layout(width)
+    phones: list[Phone] = []
+
+    def told(stop: int) -> tuple[Phone, ...]:
+        """Those waiting that begin before sample `stop`."""
+        count = sum(phone.start_ms * rate_hz < stop * 1000 for phone in phones)
+        begun, phones[:count] = tuple(phones[:count]), ()
+        return begun
+
     for block in itertools.chain([first], blocks):
         pcm = _mixed(block.pcm, width)
         if source_hz == rate_hz:
-            yield Audio(pcm, rate_hz, start + taken)
+            yield Audio(pcm, rate_hz, start + taken, block.phones)
             taken += pcm.shape[1]
             continue
+        phones += block.phones
         if not pcm.shape[1]:
             continue
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm), "fltp", layout)
@@ -291,14 +300,14 @@ def resample(blocks: Iterator[Audio], rate_hz: int, channels: int | None = None)
         taken += pcm.shape[1]
         for out in resampler.resample(frame):
             given += out.samples
-            yield Audio(_pcm(out), rate_hz, start + given - out.samples)
+            yield Audio(_pcm(out), rate_hz, start + given - out.samples, told(start + given))
     if source_hz == rate_hz:
         return
     wanted = round(Fraction(taken * rate_hz, source_hz))
     rest = [_pcm(out) for out in resampler.resample(None)]
     tail = np.concatenate([*rest, np.zeros((width, max(wanted - given, 0)), np.float32)], axis=1)[:, : wanted - given]
     if tail.shape[1]:
-        yield Audio(np.ascontiguousarray(tail), rate_hz, start + given)
+        yield Audio(np.ascontiguousarray(tail), rate_hz, start + given, tuple(phones))
 
 
 def from_rgb(rgb: U8) -> Picture:

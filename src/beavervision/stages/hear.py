@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beavervision.errors import MediaError, NoAudioError
-from beavervision.media import F32, Audio, Clip, Frames, Heard, Net, pictures_for, sample_at
+from beavervision.media import F32, Audio, Clip, Frames, Heard, Net, Phone, pictures_for, sample_at
 
 F64 = npt.NDArray[np.float64]
 
@@ -30,6 +30,8 @@ _VAD_SAMPLES = 512
 _VAD_CONTEXT = 64
 _VAD_STEP = Fraction(_VAD_SAMPLES, RATE_HZ)
 VOICE_AHEAD_MS = 120.0  # lips part before the sound is heard
+COMING_MS = 700.0  # before it somebody who is about to speak breathes in and opens the mouth
+PHONES_BACK_MS = 300  # phones are told of for so long after they end
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -291,6 +293,7 @@ class _Sound:
         self.ended = self._chunk is None
         self.rate_hz = self._chunk.rate_hz if self._chunk else RATE_HZ
         self._kept: F32 = np.zeros((self._chunk.channels if self._chunk else 1, 0), np.float32)
+        self.phones: list[Phone] = list(self._chunk.phones) if self._chunk else []
         self._first = 0  # sample number of kept[:, 0]
         self.read_samples = 0
 
@@ -305,6 +308,8 @@ class _Sound:
         if chunk is None:
             self.ended = True
             return None
+        if self._chunk is None:
+            self.phones += chunk.phones
         if (chunk.rate_hz, chunk.channels) != self.format:
             raise MediaError("The sound changes its rate or channels midway. Convert it to one format first.")
         start = self.read_samples - chunk.start
@@ -342,6 +347,7 @@ class Hear:
         look_ahead_ms: how far beyond a clip they reach.
         voice: a Silero VAD v5 net.
         voice_ahead_ms: how far beyond a picture, within the look-ahead, speech counts as its own.
+        coming_ms: how far beyond it speech counts as coming: sound is read that far ahead if it is farther.
     """
 
     name = "hear"
@@ -353,19 +359,21 @@ class Hear:
         look_ahead_ms: float,
         voice: Net,
         voice_ahead_ms: float = VOICE_AHEAD_MS,
+        coming_ms: float = 0.0,
     ) -> None:
         self._front_end = FRONT_ENDS[front_end]
         self._left = Fraction(left_context_ms) / 1000
         self._ahead = Fraction(look_ahead_ms) / 1000
         self._voice = voice
         self._voice_ahead = min(self._ahead, Fraction(voice_ahead_ms) / 1000)
+        self._coming = max(self._voice_ahead, Fraction(coming_ms) / 1000)
 
     def reach(self, rate_hz: int) -> Fraction:
         """How many seconds of sound beyond the end of a clip must be there before it is let go, at most."""
         front_end = self._front_end
         rows = self._ahead + front_end.hop + Fraction(front_end.after + 1, RATE_HZ)
         taps = 0 if rate_hz == RATE_HZ else _filters(rate_hz).shape[1] // 2 + 1
-        return max(rows, self._voice_ahead + _VAD_STEP) + Fraction(taps, rate_hz)
+        return max(rows, self._coming + _VAD_STEP) + Fraction(taps, rate_hz)
 
     def __call__(
         self,
@@ -402,7 +410,7 @@ class Hear:
                 raise MediaError(
                     f"Sound to mix must share a format: {behind.format} is not {sound.format} (Hz, channels)."
                 )
-            ears = _Ears(self._front_end, self._left, self._voice, self._voice_ahead, sound)
+            ears = _Ears(self._front_end, self._left, self._voice, self._voice_ahead, self._coming, sound)
             for clip in clips:
                 ears.listen(clip.frames.stop / clip.frames.rate, self._ahead)
                 last = False
@@ -435,10 +443,19 @@ class Hear:
 class _Ears:
     """Features and voice of one stream, kept for as long as a clip may still ask for them."""
 
-    def __init__(self, front_end: FrontEnd, left: Fraction, voice: Net, voice_ahead: Fraction, sound: _Sound) -> None:
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        left: Fraction,
+        voice: Net,
+        voice_ahead: Fraction,
+        coming: Fraction,
+        sound: _Sound,
+    ) -> None:
         self._front_end = front_end
         self._left = left
         self._voice_ahead = voice_ahead
+        self._coming = coming
         self._sound = sound
         self._resampler = Resampler(sound.rate_hz)
         self._first_row = -ceil(left / front_end.hop)
@@ -452,7 +469,7 @@ class _Ears:
     def listen(self, end: Fraction, ahead: Fraction) -> None:
         """Read sound until the rows, and as far as they are asked for the voice, up to `ahead` seconds beyond `end` are there."""
         rows = ceil((end + ahead) / self._front_end.hop) + 1
-        voices = ceil((end + self._voice_ahead) / _VAD_STEP)
+        voices = ceil((end + self._coming) / _VAD_STEP)
         while self._first_row + len(self._rows) < rows or self._first_voice + len(self._voices) < voices:
             if self._over:
                 self._push(np.zeros(RATE_HZ // 10))
@@ -473,15 +490,23 @@ class _Ears:
             floor((end - self._left) / hop),
         )
         rows = self._rows[start - self._first_row : stop - self._first_row].copy()
-        reach = self._voice_ahead
-        voice = np.array(
-            [self._loudest(i / frames.rate, (i + 1) / frames.rate + reach) for i in range(frames.start, frames.stop)]
+        voice, coming = (
+            np.array(
+                [
+                    self._loudest(i / frames.rate, (i + 1) / frames.rate + reach)
+                    for i in range(frames.start, frames.stop)
+                ]
+            )
+            for reach in (self._voice_ahead, self._coming)
         )
         drop = max(later - self._first_row, 0)
         self._rows, self._first_row = self._rows[drop:], self._first_row + drop
         drop = floor(end / _VAD_STEP) - self._first_voice
         self._voices, self._first_voice = self._voices[drop:], self._first_voice + drop
-        return Heard(rows, start, hop, voice.astype(np.float32))
+        begun = [phone for phone in self._sound.phones if phone.start_ms < (end + ahead) * 1000]
+        phones = tuple(phone for phone in begun if phone.end_ms > begin * 1000 - PHONES_BACK_MS)
+        self._sound.phones[: len(begun) - len(phones)] = ()
+        return Heard(rows, start, hop, voice.astype(np.float32), coming.astype(np.float32), phones)
 
     def _loudest(self, begin: Fraction, end: Fraction) -> float:
         low, high = floor(begin / _VAD_STEP), ceil(end / _VAD_STEP)

@@ -44,6 +44,7 @@ from beavervision.models.beaver import (
     painted_rows,
 )
 from beavervision.models.mesh import Pose, fit_pose
+from beavervision.models.visemes import Lead
 from beavervision.models.warp import Opening, triangle_flow, warped
 
 _ROW_S = Fraction(1, 200)  # from one row of the sound to the next
@@ -127,6 +128,7 @@ class BeaverSync:
         self._motion = motion
         self._painter = painter
         self._basis = basis
+        self._lead = Lead(basis)
         self._profile = profile
         self._reference = _ReferenceMouth.of(profile.references)
 
@@ -137,13 +139,13 @@ class BeaverSync:
                 raise ValueError("lip sync needs clips that were heard and tracked")
             rate = clip.frames.rate
             gates = np.empty(len(clip), np.float32)
-            for i, voice in enumerate(clip.heard.voice):
+            for i, voice in enumerate(clip.heard.coming):
                 pace = _GATE_OPEN_S if voice > 0.5 else _GATE_CLOSE_S
                 gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
             ear = ear or _Ear(self._motion, rate)
-            motion = ear(clip.heard, clip.frames.start, len(clip))
-            yield self.draw(clip, motion * (self._profile.amplitude * gates[:, None]))
+            motion = ear(clip.heard, clip.frames.start, len(clip)) * (self._profile.amplitude * gates[:, None])
+            yield self.draw(clip, self._lead(motion, clip.frames.start, rate, clip.heard.phones))
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
