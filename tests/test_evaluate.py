@@ -32,6 +32,7 @@ from beavervision.evaluate.follow import (
     TalkerRow,
     follow,
     mouth_trace,
+    talker_rows,
 )
 from beavervision.evaluate.samples import portrait
 from beavervision.evaluate.sheets import sheets
@@ -317,6 +318,12 @@ def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoding="utf-8",
     )
     return folder
+
+
+def test_an_offset_at_the_end_of_the_searched_range_was_not_found(tmp_path: Path) -> None:
+    lines = [f"{lag}.mp4\tvalidate\t3\t{lag}" for lag in (0.36, 0.38, -0.4, -0.2)]
+    (tmp_path / "index.tsv").write_text("\n".join(["file\tsplit\tseconds\tsync_lag_s", *lines]), encoding="utf-8")
+    assert [row.late_s for row in talker_rows(tmp_path, "validate")] == [0.36, 0.0, 0.0, -0.2]
 
 
 def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:

@@ -200,6 +200,8 @@ def test_cancelling_leaves_nothing(still: Path, tmp_path: Path) -> None:
         ({"text": "Hi.", "audio": "a.wav"}, "exactly one"),
         ({"text": "Hi.", "fit": "stretch"}, "fit"),
         ({"text": "Hi.", "keep_audio": 3.0}, "keep_audio"),
+        ({"text": "Hi.", "phones": []}, "give audio with them"),
+        ({"audio": "a.wav", "phones": [{"ipa": "h"}]}, "phone 1"),
         ({"text": "Hi.", "face": "nobody"}, "The face .nobody"),
     ],
 )

@@ -15,7 +15,7 @@ from beavervision.errors import InputError, UsageError
 from beavervision.media import F32, Phone
 from beavervision.models.basis import MotionBasis
 from beavervision.models.beaver import load
-from beavervision.models.visemes import Lead, Lips, lips_at
+from beavervision.models.visemes import Lead, Lips, lips_at, speaking
 from beavervision.speech import phones_of, read_phones
 
 RATE = Fraction(25)
@@ -115,6 +115,13 @@ def test_the_same_however_the_pictures_are_cut() -> None:
         known = [p for p in phones if p.start_ms < now_ms + 3 * 40 + 110 and p.end_ms > now_ms - 300]
         pieces.append(led(known, motion[start : start + 3], start))
     assert np.abs(np.concatenate(pieces) - whole).max() < 1e-6
+
+
+def test_who_has_phones_speaks_shortly_before_them_and_while_they_last() -> None:
+    phones = [Phone("h", 1000, 1100), Phone("a", 1100, 1400), Phone("t", 1800, 1900)]
+    pictures = np.flatnonzero(speaking(phones, 10, RATE, 60)) + 10
+    assert pictures.tolist() == [*range(22, 35), *range(42, 48)]
+    assert not speaking([], 10, RATE, 60).any()
 
 
 def test_phones_from_json(tmp_path: Path) -> None:

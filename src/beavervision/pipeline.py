@@ -366,7 +366,8 @@ class Pipeline:
     ) -> Iterator[Clip]:
         """Bring your own source and sink: clips with frames in, the same with drawn mouths and their sound out.
 
-        It ends with the sound or with the pictures, whichever is first. The first clips are held back to look at the face.
+        It ends with the sound or with the pictures, whichever is first. The first clips are held back to look at the face, and
+        sound is read 0.8 s ahead of its picture; :mod:`beavervision.live` waits less.
         `script` says what to express; :meth:`~beavervision.expression.Script.set` changes it while the clips go by. `style`,
         `alive` and `seed` are as for :meth:`lipsync`.
 
@@ -381,7 +382,7 @@ class Pipeline:
             raise NoFaceError(
                 "There is no face in the first pictures. Begin with a picture that shows one from the front."
             )
-        hear = self._hear()
+        hear = self._hear(COMING_MS)
         expresses = alive or style is not None or script is not None
         stages: list[Stage] = [
             Detect(nets, seen.choice, shapes=expresses),

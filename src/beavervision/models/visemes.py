@@ -12,6 +12,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 
 from beavervision.media import F32, Phone
 from beavervision.models.basis import MotionBasis
@@ -49,6 +50,14 @@ def lips_at(ipa: str) -> Lips | None:
     """What the phone `ipa` asks of the lips, None where they are free. Of a diphthong and an affricate the beginning counts, but
     əʊ is rounded."""
     return Lips.ROUNDED if ipa.startswith("əʊ") else _BY_FIRST.get(ipa[:1])
+
+
+def speaking(phones: Sequence[Phone], start: int, rate: Fraction, count: int) -> npt.NDArray[np.bool_]:
+    """Whether one of the `phones` is said or soon to be, at each of `count` pictures from number `start` on, at `rate` a second."""
+    times_ms = (start + np.arange(count)) * float(1000 / rate)
+    begins, ends = (np.array([getattr(p, edge) for p in phones]) for edge in ("start_ms", "end_ms"))
+    near = (begins - times_ms[:, None] <= _AHEAD_MS) & (ends > times_ms[:, None])
+    return np.asarray(near.any(axis=1))
 
 
 class Lead:

@@ -44,7 +44,7 @@ from beavervision.models.beaver import (
     painted_rows,
 )
 from beavervision.models.mesh import Pose, fit_pose
-from beavervision.models.visemes import Lead
+from beavervision.models.visemes import Lead, speaking
 from beavervision.models.warp import Opening, triangle_flow, warped
 
 _ROW_S = Fraction(1, 200)  # from one row of the sound to the next
@@ -137,15 +137,15 @@ class BeaverSync:
         for clip in clips:
             if clip.heard is None or clip.track is None:
                 raise ValueError("lip sync needs clips that were heard and tracked")
-            rate = clip.frames.rate
+            rate, start, phones = clip.frames.rate, clip.frames.start, clip.heard.phones
             gates = np.empty(len(clip), np.float32)
-            for i, voice in enumerate(clip.heard.coming):
-                pace = _GATE_OPEN_S if voice > 0.5 else _GATE_CLOSE_S
-                gate += (float(voice > 0.5) - gate) * min(1.0, 1 / float(rate) / pace)
+            for i, speaks in enumerate((clip.heard.coming > 0.5) | speaking(phones, start, rate, len(clip))):
+                pace = _GATE_OPEN_S if speaks else _GATE_CLOSE_S
+                gate += (float(speaks) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
             ear = ear or _Ear(self._motion, rate)
-            motion = ear(clip.heard, clip.frames.start, len(clip)) * (self._profile.amplitude * gates[:, None])
-            yield self.draw(clip, self._lead(motion, clip.frames.start, rate, clip.heard.phones))
+            motion = ear(clip.heard, start, len(clip)) * (self._profile.amplitude * gates[:, None])
+            yield self.draw(clip, self._lead(motion, start, rate, phones))
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
