@@ -19,7 +19,7 @@ from beavervision.models.basis import MotionBasis
 
 # In eye distances over the rest mouth, whose lips touch.
 _CLOSED_GAP, _BITTEN_GAP, _ROUND_WIDTH = -0.005, 0.02, -0.05
-_OPENING, _WIDENING = 3.0, 0.7  # the most a second; lips of real clips do it as fast
+_OPENING, _WIDENING = 2.5, 0.7  # the most a second: about what the fastest lips of real clips do
 _EARLY_MS = (
     40.0  # lips are there so long before the sound is: motion that is heard agrees best with phones moved by as much
 )
@@ -28,7 +28,7 @@ _BITE_EDGE = 0.1  # of an f or a v, at either end
 _AHEAD_MS = 140.0  # a phone is known before it starts, no more: live speech is heard no further ahead
 _BACK_MS = 200.0
 _LEAST_MS = 25.0  # that the lips stay
-_SILENCE_MS = 200  # after so much of it they wait for the sound where it wants them
+_SILENCE_MS, _WAIT_MS = 200, 40.0  # after so much silence they are there so long before, and wait for the sound
 
 
 class Lips(StrEnum):
@@ -86,7 +86,8 @@ class Lead:
             reach = max(end - begin, picture_ms, _LEAST_MS) / 2
             away_ms = np.maximum(np.abs(times_ms + _EARLY_MS - (begin + end) / 2) - reach, 0)
             if first:
-                away_ms[times_ms < begin] = 0
+                before = times_ms + _EARLY_MS < (begin + end) / 2
+                away_ms[before] = np.maximum(away_ms[before] - _WAIT_MS, 0)
             away_ms[(phone.start_ms - times_ms > _AHEAD_MS) | (times_ms - phone.end_ms > _BACK_MS)] = np.inf
             if lips is Lips.ROUNDED:
                 np.minimum(width, _ROUND_WIDTH + _WIDENING / 1000 * away_ms, out=width)
