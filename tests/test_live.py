@@ -242,7 +242,7 @@ def test_phones_stay_at_their_sound_on_the_line() -> None:
     assert line.phones(0, RATE_HZ, 0) == (Phone("p", 500, 600), Phone("a", 600, 900), Phone("m", 900, 1400))
     assert line.phones(round(0.6 * RATE_HZ), RATE_HZ, RATE_HZ // 2) == (Phone("a", 100, 400), Phone("m", 400, 900))
     line.cut(round(0.7 * RATE_HZ))
-    assert [p.ipa for p in line.phones(0, 10 * RATE_HZ, 0)] == ["p", "a"]
+    assert line.phones(0, 10 * RATE_HZ, 0) == (Phone("p", 500, 600), Phone("a", 600, 700)), "what is cut is not said"
     line.pad(100 * RATE_HZ, 99 * RATE_HZ)
     line.tell([Phone("f", 0, 50)], 100 * RATE_HZ)
     assert line.phones(0, 200 * RATE_HZ, 0) == (Phone("f", 100_000, 100_050),), "what was heard long ago is forgotten"

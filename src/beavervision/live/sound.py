@@ -84,7 +84,8 @@ class SoundLine:
     def cut(self, at: int) -> int:
         """Forget the sound from sample `at` on, but for a short fade; returns how many samples were there."""
         lost = max(self.head - at, 0)
-        self._phones = [p for p in self._phones if p.start_ms * RATE_HZ < at * 1000]
+        at_ms = at * 1000 // RATE_HZ
+        self._phones = [replace(p, end_ms=min(p.end_ms, at_ms)) for p in self._phones if p.start_ms < at_ms]
         if lost:
             local = at - self._first
             fade = min(_FADE, lost)

@@ -20,9 +20,7 @@ from beavervision.models.basis import MotionBasis
 # In eye distances over the rest mouth, whose lips touch.
 _CLOSED_GAP, _BITTEN_GAP, _ROUND_WIDTH = -0.005, 0.02, -0.05
 _OPENING, _WIDENING = 2.5, 0.7  # the most a second: about what the fastest lips of real clips do
-_EARLY_MS = (
-    40.0  # lips are there so long before the sound is: motion that is heard agrees best with phones moved by as much
-)
+_EARLY_MS = 40.0  # that lips are there before the sound is: motion that is heard agrees best with phones so moved
 _CLOSURE_SHARE = 0.7  # of a plosive, from its start: what follows is its release
 _BITE_EDGE = 0.1  # of an f or a v, at either end
 _AHEAD_MS = 140.0  # a phone is known before it starts, no more: live speech is heard no further ahead
