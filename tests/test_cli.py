@@ -119,6 +119,16 @@ def test_say_writes_sound_and_phones(cli: Cli, tmp_path: Path) -> None:
     assert {key: timed[key] for key in told} == told
 
 
+def test_phones_that_say_wrote_lead_the_lips_of_its_sound(cli: Cli, portrait: Path, tmp_path: Path) -> None:
+    sound, phones, out = (tmp_path / name for name in ("a.wav", "a.json", "a.mp4"))
+    assert cli("say", "Pam!", "-o", sound, "--phones", phones).code == 0
+    ran = cli("lipsync", portrait, "-o", out, "--audio", sound, "--phones", phones, "--json", "--quiet")
+    assert ran.code == 0, ran
+    assert json.loads(ran.out)["speech"]["phones"] == 3
+    ran = cli("lipsync", portrait, "-o", tmp_path / "b.mp4", "--text", "Pam!", "--phones", phones, "--quiet")
+    assert ran.code == 2 and "give audio with them" in ran.err
+
+
 def test_voices_can_be_narrowed_to_a_language(cli: Cli) -> None:
     told = json.loads(cli("voices", "--language", "en", "--json").out)
     assert {voice["language"].split("-")[0] for voice in told["voices"]} == {"en"}
