@@ -294,6 +294,8 @@ GOOD = {"text": "Hi.", "consent": "true"}
         ({"settings": '{"boxes": "none"}'}, 422, "model"),
         ({"settings": '{"whole_box": true}'}, 422, "usage"),
         ({"settings": '{"expression": "gleeful"}'}, 422, "usage"),
+        ({"settings": '{"phones": [{"ipa": "h", "start_ms": 0, "end_ms": 9}]}'}, 422, "usage"),
+        ({"settings": '{"phones": [{"ipa": "h", "start_ms": -1, "end_ms": 9}]}'}, 422, "invalid"),
         ({"text": "Привет."}, 422, "text"),
         ({"text": "Hello [wild] you."}, 422, "text"),
         ({"consent": "false"}, 422, "consent"),
@@ -414,6 +416,25 @@ def test_speech_comes_with_the_times_of_its_phones(server: Server) -> None:
     assert (alone.headers["content-type"], alone.body) == ("audio/wav", sound)
     bad = server.call("POST", "/api/v1/speech", b'{"text": "Hi.", "colour": 1}', content_type="application/json")
     assert (bad.status, bad.json["errors"]) == (422, [{"field": "body.colour", "message": "there is no such field"}])
+
+
+def test_phones_that_speech_told_lead_the_lips_of_its_sound(server: Server, face: bytes) -> None:
+    said = server.call("POST", "/api/v1/speech", b'{"text": "Pam!"}', content_type="application/json").json
+    sound, phones = base64.b64decode(said["audio_base64"]), said["phones"]
+
+    def asked(phones: list[dict[str, Any]]) -> Any:
+        return server.lipsync(
+            {"video": face, "audio": sound, "consent": "true", "settings": json.dumps({"phones": phones})}
+        )
+
+    done = asked(phones)
+    assert done.status == 200, done
+    assert server.get(f"/api/v1/jobs/{done.json['id']}/report")["speech"]["phones"] == len(phones) == 3
+    assert server.call("DELETE", f"/api/v1/jobs/{done.json['id']}").status == 204
+    refused = asked(phones[::-1])
+    assert (refused.status, refused.json["code"]) == (422, "usage")
+    assert "before the end of the one before" in refused.json["detail"]
+    assert server.files() == []
 
 
 def test_what_there_is_can_be_listed(server: Server) -> None:

@@ -58,7 +58,7 @@ _LIPSYNC = f"{_API}/lipsync"
 SESSIONS = f"{_API}/sessions"
 _KEEP_ALIVE_S = 15.0
 _JSON_BYTES = 1 << 16
-_SETTINGS_BYTES = 1 << 16
+_SETTINGS_BYTES = 1 << 20  # phones are many
 _LOG = logging.getLogger("beavervision.serve")
 
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{24}$", description="The id of a job.")]

@@ -41,6 +41,14 @@ class KeyframeIn(Strict):
     ease: Literal["in-out", "in", "out", "linear", "hold"] = Field("in-out", description="How it is come to.")
 
 
+class PhoneIn(Strict):
+    """A speech sound of a recording."""
+
+    ipa: str = Field(min_length=1, max_length=16, examples=["p", "oʊ"])
+    start_ms: int = Field(ge=0, le=86_400_000)
+    end_ms: int = Field(ge=0, le=86_400_000)
+
+
 class LipsyncSettings(VoiceSettings):
     """The `settings` of a job."""
 
@@ -61,6 +69,12 @@ class LipsyncSettings(VoiceSettings):
     )
     mark: bool = Field(False, description="Say in a corner of the pictures that they are synthetic.")
     keep_audio: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="The level of the source's own sound.")
+    phones: list[PhoneIn] | None = Field(
+        None,
+        max_length=20_000,
+        description="The speech sounds of the audio that is sent, where they are known, in order of time, as /api/v1/speech tells "
+        "them: the lips follow them. Those of a text are known.",
+    )
     expression: str | None = Field(
         None,
         max_length=1000,

@@ -54,7 +54,7 @@ from beavervision.serve.upload import Upload
 from beavervision.serve.version import program_version
 from beavervision.serve.webhooks import Target, Webhooks, secret_of
 from beavervision.settings import Settings
-from beavervision.speech import Phone, Speaker, SpeechChunk, write_wav
+from beavervision.speech import Phone, Speaker, SpeechChunk, phones_of, write_wav
 
 _EXAMINED_AT_ONCE = 2
 _SPEECH_WAIT_S = 10.0
@@ -226,6 +226,7 @@ class Service:
                 422, "usage", "Say what the face should speak: send exactly one of the fields text and audio."
             )
         self._check_expression(settings)
+        self._check_phones(settings, audio is not None)
         if text is not None:
             self._check_text(text, settings)
         if settings.model is not None:
@@ -321,6 +322,16 @@ class Service:
             Track.of([key.model_dump() for key in settings.expression_track], custom)
         if settings.style is not None:
             Style.of(settings.style)
+
+    def _check_phones(self, settings: LipsyncSettings, recorded: bool) -> None:
+        """Raises BeaverVisionError where the worker could not lead the lips by them."""
+        if settings.phones is None:
+            return
+        if not recorded:
+            raise Problem(
+                422, "usage", "phones are those of recorded speech: send audio with them. A text's are known."
+            )
+        phones_of([phone.model_dump() for phone in settings.phones])
 
     def look(self, expression: str) -> F32:
         """The look (58,) that `expression` asks for; raises UsageError where it is not understood."""
