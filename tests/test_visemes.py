@@ -28,13 +28,13 @@ def basis() -> MotionBasis:
 
 def opened(gap: float, width: float, count: int = 50) -> F32:
     """Motion of pictures with the lips so far apart and so much wider than at rest."""
-    rows = np.stack([basis().gap[:, 2:7].mean(axis=1), basis().width])
+    rows = np.stack([basis().opening, basis().width])
     return np.tile(np.linalg.pinv(rows) @ [gap, width], (count, 1)).astype(np.float32)
 
 
 def shown(motion: F32) -> tuple[F32, F32]:
     """The opening and the width of each picture."""
-    return motion @ basis().gap[:, 2:7].mean(axis=1), motion @ basis().width
+    return motion @ basis().opening, motion @ basis().width
 
 
 def led(phones: list[Phone], motion: F32, start: int = 0, rate: Fraction = RATE) -> F32:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from beavervision.evaluate.follow import FOUND_S
 from beavervision.media import F32, U8
 from beavervision.models import mesh
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
@@ -27,7 +28,6 @@ KEPT = np.union1d(LOWER, mesh.STABLE)  # the points that a packed clip has
 SILENCE = np.float32(np.log(1e-5))  # a log-mel row of digital silence
 _FRONTAL_DEG = 35.0
 _MAX_GAP_S = 0.08  # a step further than this from any tracked picture teaches nothing
-_LAG_RANGE_S = 0.38  # a lag found at the end of the searched range was not found
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -50,7 +50,7 @@ class Row:
     @classmethod
     def parse(cls, line: dict[str, str]) -> Row:
         seconds, lag, r = float(line["seconds"]), float(line["sync_lag_s"] or 0), float(line["sync_r"] or 0)
-        known = (seconds >= 2 or r > 0.5) and abs(lag) < _LAG_RANGE_S
+        known = (seconds >= 2 or r > 0.5) and abs(lag) < FOUND_S
         return cls(line["file"], line["split"], line["person"], seconds, float(line["face_px"]), lag if known else 0.0)
 
 

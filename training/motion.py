@@ -69,7 +69,7 @@ class Readout:
         energy = (basis.shapes**2).sum(axis=(1, 2))
         weight = (energy / energy.max()) ** 0.35
         return cls(
-            torch.tensor(basis.gap[:, 2:7].mean(axis=1)),
+            torch.tensor(basis.opening),
             torch.tensor(basis.width),
             torch.tensor(weight / weight.sum() * len(weight), dtype=torch.float32),
         )

@@ -35,7 +35,7 @@ from beavervision.errors import (
     TextError,
     UsageError,
 )
-from beavervision.files import partial, unwritable, write_json
+from beavervision.files import partial, unreadable, unwritable, write_json
 from beavervision.settings import Settings
 
 if TYPE_CHECKING:
@@ -989,7 +989,7 @@ def _read_text(path: Path) -> str:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
             data = file.read(_TEXT_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}. Check the name and the rights.") from error
+        raise unreadable(name, error) from error
     if len(data) > _TEXT_BYTES:
         raise TextError(f"{name} has more than {_TEXT_BYTES >> 20} MiB of text. Split it into parts.")
     try:

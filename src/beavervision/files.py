@@ -47,7 +47,7 @@ def read_json(path: Path, limit_bytes: int) -> Any:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}. Check the name and the rights.") from error
+        raise unreadable(path, error) from error
     if len(data) > limit_bytes:
         raise InputError(f"{path} is larger than {limit_bytes >> 10} KiB: it is not what was asked for.")
     try:
@@ -59,6 +59,10 @@ def read_json(path: Path, limit_bytes: int) -> Any:
 def partial(path: Path) -> Path:
     """A hidden name of its own in the folder of `path`, with the same suffix."""
     return path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}.part{path.suffix}")
+
+
+def unreadable(name: Path | str, error: OSError) -> InputError:
+    return InputError(f"{name} cannot be read: {error.strerror}. Check the name and the rights.")
 
 
 def unwritable(path: Path, error: OSError) -> OutputError:

@@ -264,7 +264,7 @@ class Pipeline:
         watch = Watch(info.rate, sheet=sheet is not None)
 
         def hear(clips: Iterator[Clip]) -> Iterator[Clip]:
-            return self._hear(COMING_MS)(
+            return self._hear()(
                 clips,
                 sound,
                 background=background,
@@ -382,7 +382,7 @@ class Pipeline:
             raise NoFaceError(
                 "There is no face in the first pictures. Begin with a picture that shows one from the front."
             )
-        hear = self._hear(COMING_MS)
+        hear = self._hear()
         expresses = alive or style is not None or script is not None
         stages: list[Stage] = [
             Detect(nets, seen.choice, shapes=expresses),
@@ -470,10 +470,10 @@ class Pipeline:
         for budget in self.budgets:
             budget.check()
 
-    def _hear(self, coming_ms: float = 0.0) -> Hear:
+    def _hear(self) -> Hear:
         timing = self._model.timing
         return Hear(
-            self._model.front_end, timing.left_context_ms, timing.look_ahead_ms, self._voice, coming_ms=coming_ms
+            self._model.front_end, timing.left_context_ms, timing.look_ahead_ms, self._voice, coming_ms=COMING_MS
         )
 
     def _survey(self, info: SourceInfo, nets: FaceNets, choice: FaceChoice) -> Survey:

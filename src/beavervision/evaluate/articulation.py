@@ -332,9 +332,9 @@ def spoken(
         begin = start
         for chunk in pipeline.speaker.speak(sentence, voice=chosen.name, seed=seed):
             moved_ms = round(begin * 1000 / chosen.rate_hz)
-            moved = [replace(p, start_ms=p.start_ms + moved_ms, end_ms=p.end_ms + moved_ms) for p in chunk.phones]
+            moved = tuple(phone.later(moved_ms) for phone in chunk.phones)
             phones += moved
-            yield replace(chunk, audio=replace(chunk.audio, start=start, phones=tuple(moved)))
+            yield replace(chunk, audio=replace(chunk.audio, start=start, phones=moved))
             start += chunk.audio.samples
         silence = np.zeros((1, _PAUSE_MS * chosen.rate_hz // 1000), np.float32)
         yield SpeechChunk(Audio(silence, chosen.rate_hz, start), "", TimingKind.NETWORK)

@@ -38,7 +38,7 @@ from beavervision.stages.encode import Encode
 
 LEAST_S = 2.0  # shorter clips are left out: neither their sound offset nor their correlation means much
 _REACH_S = 0.4  # of the lag that is searched
-_FOUND_S = 0.38  # a sound offset of an index from which on it lies at the end of the searched range: it was not found
+FOUND_S = 0.38  # a sound offset of an index from which on it lies at the end of the searched range: it was not found
 CONTROLS = {"real video": "real", "another person's words": "chance"}
 _TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
 
@@ -368,7 +368,7 @@ def talker_rows(folder: Path, split: str, limit: int | None = None) -> list[Talk
 
     def row(line: dict[str, str]) -> TalkerRow:
         late_s = float(line["sync_lag_s"] or 0)
-        known_s = late_s if abs(late_s) < _FOUND_S else 0.0
+        known_s = late_s if abs(late_s) < FOUND_S else 0.0
         return TalkerRow(line["file"], float(line["seconds"]), known_s, line.get("person") or line["file"])
 
     rows = [r for r in read_index(folder, split, row, "sync_lag_s") if r.seconds >= LEAST_S]

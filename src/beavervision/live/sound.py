@@ -74,12 +74,12 @@ class SoundLine:
         """These phones, whose clock begins at `sample`, are in the sound; they follow those told before."""
         moved_ms = round(sample * 1000 / RATE_HZ)
         self._phones = [p for p in self._phones if p.end_ms * RATE_HZ > self._first * 1000]
-        self._phones += [_moved(p, moved_ms) for p in phones]
+        self._phones += [p.later(moved_ms) for p in phones]
 
     def phones(self, start: int, stop: int, base: int) -> tuple[Phone, ...]:
         """Those that begin from sample `start` on and before `stop`, on a clock that begins at `base`."""
         moved_ms = -round(base * 1000 / RATE_HZ)
-        return tuple(_moved(p, moved_ms) for p in self._phones if start * 1000 <= p.start_ms * RATE_HZ < stop * 1000)
+        return tuple(p.later(moved_ms) for p in self._phones if start * 1000 <= p.start_ms * RATE_HZ < stop * 1000)
 
     def cut(self, at: int) -> int:
         """Forget the sound from sample `at` on, but for a short fade; returns how many samples were there."""
@@ -132,10 +132,6 @@ class SoundLine:
                 self.loud_from = begin
             self.loud_until = start + (int(loud[-1]) + 1) * _BLOCK
         self._measured = start + count * _BLOCK
-
-
-def _moved(phone: Phone, by_ms: int) -> Phone:
-    return replace(phone, start_ms=phone.start_ms + by_ms, end_ms=phone.end_ms + by_ms)
 
 
 class Converter:

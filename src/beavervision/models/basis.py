@@ -53,6 +53,11 @@ class MotionBasis:
         return self._row(INNER_UPPER, INNER_LOWER, 1)
 
     @property
+    def opening(self) -> F32:
+        """(k,): how each coefficient opens the mouth, the mean of its middle five gaps."""
+        return np.asarray(self.gap[:, 2:7].mean(axis=1), np.float32)
+
+    @property
     def width(self) -> F32:
         """(k,): how each coefficient widens the mouth."""
         return np.asarray(self._row(OUTER_CORNERS[:1], OUTER_CORNERS[1:], 0)[:, 0], np.float32)

@@ -62,7 +62,7 @@ class Lead:
     """Keeps mouth motion within what the phones that are said allow."""
 
     def __init__(self, basis: MotionBasis) -> None:
-        self._gap, self._width = basis.gap[:, 2:7].mean(axis=1), basis.width
+        self._gap, self._width = basis.opening, basis.width
         # The least change of all coefficients that changes the one by so much and leaves the other as it is.
         self._opens, self._widens = np.linalg.pinv(np.stack([self._gap, self._width])).T.astype(np.float32)
 

@@ -17,7 +17,8 @@ _LONGEST_IPA = 16
 
 
 def phones_of(document: Any, name: str = "phones") -> tuple[Phone, ...]:
-    """From parsed JSON: ``[{"ipa": "h", "start_ms": 40, "end_ms": 90}, ...]`` or an object that has this list as phones.
+    """From parsed JSON: ``[{"ipa": "h", "start_ms": 40, "end_ms": 90}, ...]`` or an object that has this list as phones; phones
+    themselves may stand in it.
 
     Raises:
         UsageError: it is none; the message names the phone.

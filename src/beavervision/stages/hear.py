@@ -31,7 +31,7 @@ _VAD_CONTEXT = 64
 _VAD_STEP = Fraction(_VAD_SAMPLES, RATE_HZ)
 VOICE_AHEAD_MS = 120.0  # lips part before the sound is heard
 COMING_MS = 700.0  # before it somebody who is about to speak breathes in and opens the mouth
-PHONES_BACK_MS = 300  # phones are told of for so long after they end
+_PHONES_BACK_MS = 300  # phones are told of for so long after they end
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class _Sound:
         self.ended = self._chunk is None
         self.rate_hz = self._chunk.rate_hz if self._chunk else RATE_HZ
         self._kept: F32 = np.zeros((self._chunk.channels if self._chunk else 1, 0), np.float32)
-        self.phones: list[Phone] = list(self._chunk.phones) if self._chunk else []
+        self._phones: list[Phone] = []
         self._first = 0  # sample number of kept[:, 0]
         self.read_samples = 0
 
@@ -308,8 +308,6 @@ class _Sound:
         if chunk is None:
             self.ended = True
             return None
-        if self._chunk is None:
-            self.phones += chunk.phones
         if (chunk.rate_hz, chunk.channels) != self.format:
             raise MediaError("The sound changes its rate or channels midway. Convert it to one format first.")
         start = self.read_samples - chunk.start
@@ -317,6 +315,8 @@ class _Sound:
             raise MediaError(
                 f"The sound has a gap or an overlap: sample {self.read_samples} is due, not {chunk.start}."
             )
+        if not start:
+            self._phones += chunk.phones
         stop = start + _PIECE_S * self.rate_hz
         self._chunk = chunk if stop < chunk.samples else None
         piece = chunk.pcm[:, start:stop]
@@ -332,6 +332,11 @@ class _Sound:
         self._kept = self._kept[:, stop - self._first :]
         self._first = stop
         return out
+
+    def phones(self, begin_ms: Fraction, stop_ms: Fraction) -> tuple[Phone, ...]:
+        """Those that begin before `stop_ms`, of what was read; those that end by `begin_ms` are forgotten."""
+        self._phones = [phone for phone in self._phones if phone.end_ms > begin_ms]
+        return tuple(phone for phone in self._phones if phone.start_ms < stop_ms)
 
     def left(self) -> bool:
         """Whether there is sound that was not taken."""
@@ -490,27 +495,21 @@ class _Ears:
             floor((end - self._left) / hop),
         )
         rows = self._rows[start - self._first_row : stop - self._first_row].copy()
-        voice, coming = (
-            np.array(
-                [
-                    self._loudest(i / frames.rate, (i + 1) / frames.rate + reach)
-                    for i in range(frames.start, frames.stop)
-                ]
-            )
-            for reach in (self._voice_ahead, self._coming)
-        )
+        voice, coming = (self._loudest(frames, reach) for reach in (self._voice_ahead, self._coming))
         drop = max(later - self._first_row, 0)
         self._rows, self._first_row = self._rows[drop:], self._first_row + drop
         drop = floor(end / _VAD_STEP) - self._first_voice
         self._voices, self._first_voice = self._voices[drop:], self._first_voice + drop
-        begun = [phone for phone in self._sound.phones if phone.start_ms < (end + ahead) * 1000]
-        phones = tuple(phone for phone in begun if phone.end_ms > begin * 1000 - PHONES_BACK_MS)
-        self._sound.phones[: len(begun) - len(phones)] = ()
-        return Heard(rows, start, hop, voice.astype(np.float32), coming.astype(np.float32), phones)
+        phones = self._sound.phones(begin * 1000 - _PHONES_BACK_MS, (end + ahead) * 1000)
+        return Heard(rows, start, hop, voice, coming, phones)
 
-    def _loudest(self, begin: Fraction, end: Fraction) -> float:
-        low, high = floor(begin / _VAD_STEP), ceil(end / _VAD_STEP)
-        return max(self._voices[low - self._first_voice : high - self._first_voice])
+    def _loudest(self, frames: Frames, reach: Fraction) -> F32:
+        """The highest probability of speech from the beginning of each picture (n,) until `reach` after its end."""
+        found = []
+        for i in range(frames.start, frames.stop):
+            low, high = floor(i / frames.rate / _VAD_STEP), ceil(((i + 1) / frames.rate + reach) / _VAD_STEP)
+            found.append(max(self._voices[low - self._first_voice : high - self._first_voice]))
+        return np.array(found, np.float32)
 
     def _push(self, pcm: F64) -> None:
         self._rows = np.concatenate([self._rows, self._stream.push(pcm)])
