@@ -121,7 +121,7 @@ def lipsync(
         Path | None,
         typer.Option(
             help="The times of the speech sounds in --audio, a JSON file as `beavervision say --phones` writes it, which the lips "
-            "then follow. A text's are known."
+            "of the default model then follow. A text's are known."
         ),
     ] = None,
     subtitles: Annotated[Path | None, typer.Option(help="Subtitles (SRT or WebVTT) to say, each at its time.")] = None,

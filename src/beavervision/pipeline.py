@@ -197,8 +197,8 @@ class Pipeline:
         Args:
             source: a video or a still.
             phones: the times of the speech sounds in `audio`, where they are known, as
-                :func:`beavervision.speech.phones_of` or the JSON file that has them: the lips are led by them, as by those of a
-                text.
+                :func:`beavervision.speech.phones_of` or the JSON file that has them: the default model's lips are led by them,
+                as by those of a text.
             voice, language, speed, pitch, seed: of synthetic speech, as :meth:`beavervision.speech.Speaker.speak`.
             fit: a picture shorter than the sound plays back and forth (``loop``) or holds its last frame (``freeze``), and a
                 longer one is cut; ``trim`` ends with the shorter of the two; ``keep`` keeps the picture's own length.

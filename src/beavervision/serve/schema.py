@@ -73,7 +73,7 @@ class LipsyncSettings(VoiceSettings):
         None,
         max_length=20_000,
         description="The speech sounds of the audio that is sent, where they are known, in order of time, as /api/v1/speech tells "
-        "them: the lips follow them. Those of a text are known.",
+        "them: the lips of the default model follow them. Those of a text are known.",
     )
     expression: str | None = Field(
         None,
