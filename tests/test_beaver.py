@@ -24,7 +24,7 @@ from beavervision.models.beaver import (
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
 from beavervision.models.mesh import Pose
-from beavervision.models.warp import places_of
+from beavervision.models.warp import filled, places_of
 from beavervision.speech import speak
 from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
@@ -66,6 +66,14 @@ def clips(rows: np.ndarray, count: int, voice: float = 1.0, strength: float = 1.
         track = FaceTrack((face,) * n, (FaceState.OK,) * n, np.full(n, strength, np.float32), (0,) * n)
         heard = Heard(around, -400, Fraction(1, 200), *[np.full(n, voice, np.float32)] * 2)
         yield Clip(Frames((picture,) * n, start, RATE), track, None, heard)
+
+
+def shut_points(face: Face) -> np.ndarray:
+    """The face's points with its lips closed."""
+    basis, points = files().basis, face.points_px.copy()
+    pose = mesh.fit_pose(points)
+    points[basis.points] += pose.vector_to_picture(basis.displacement(basis.closing(pose.to_face(points))))
+    return points
 
 
 def draw(clips_in: Iterator[Clip], profile: Profile | None = None) -> tuple[list[Clip], np.ndarray]:
@@ -233,6 +241,52 @@ def test_a_moving_source_tells_its_amplitude() -> None:
     assert wild.amplitude > 1.1
     assert calm.amplitude < 1.0
     assert mesh.opening(wild.rest) < 0.03
+
+
+def drawn_open(profile: Profile, gap: float) -> tuple[Picture, np.ndarray]:
+    """The portrait with lips so far apart, in eye distances, and where its points then are."""
+    f = files()
+    stage = BeaverSync(f.motion, f.painter, f.basis, profile)
+    opens = f.basis.opening * (gap / (f.basis.opening @ f.basis.opening))
+    (clip,) = clips(speech_rows(), 1)
+    drawn = stage.draw(clip, opens[None].astype(np.float32))
+    (points,) = drawn.drawn
+    assert points is not None
+    return clip.frames.pictures[0].painted(drawn.patches[0]), points
+
+
+def test_lips_that_were_never_seen_apart_show_teeth_and_dark() -> None:
+    _, face, profile, references = seen()
+    basis, region = files().basis, references[0].region
+    assert profile.references[0].face is references[0].face  # the smile shows what is between its lips
+    shut, points = drawn_open(profile, 0.0)
+    of_shut = profile_of([Reference(region, shut.rgb(region), Face(points, face.blendshapes, 1.0))], basis)
+    (imagined,) = of_shut.references
+    pose = mesh.fit_pose(imagined.face.points_px)
+    at = pose.to_face(imagined.face.points_px)
+    gap = (at[mesh.INNER_LOWER[2:7], 1] - at[mesh.INNER_UPPER[2:7], 1]).mean()
+    assert gap == pytest.approx(0.16, abs=0.02)
+
+    def between_lips(brightness: np.ndarray, points: np.ndarray) -> np.ndarray:
+        cheek = brightness[filled(points[[50, 205, 187], :2], brightness.shape) > 0]
+        return brightness[filled(points[mesh.INNER_LIP, :2], brightness.shape) > 0] / np.median(cheek)
+
+    def painted(profile: Profile) -> np.ndarray:
+        picture, points = drawn_open(profile, 0.16)
+        return between_lips(picture.y, points)
+
+    local = imagined.face.points_px - np.array([region.x_px, region.y_px, 0], np.float32)
+    dark, teeth = np.quantile(between_lips(imagined.rgb.mean(axis=2), local), [0.1, 0.9])
+    assert dark < 0.4 and teeth > 0.65
+    with_it, without = painted(of_shut), painted(replace(of_shut, references=()))
+    for share in (0.1, 0.5):
+        assert np.quantile(with_it, share) < np.quantile(without, share) - 0.05
+
+
+def test_no_mouth_is_imagined_where_none_is_in_the_picture() -> None:
+    _, face, _, references = seen()
+    away = replace(face, points_px=shut_points(face) + np.float32(5000))
+    assert profile_of([replace(references[0], face=away)], files().basis).references == ()
 
 
 def test_a_profile_needs_a_face() -> None:

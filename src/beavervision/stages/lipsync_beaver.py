@@ -43,6 +43,7 @@ from beavervision.models.beaver import (
     Equaliser,
     painted_rows,
 )
+from beavervision.models.inside import inside
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.visemes import Lead, speaking
 from beavervision.models.warp import Opening, triangle_flow, warped
@@ -54,6 +55,8 @@ _STEP = _DENSE * _ROWS_PER_STEP
 _AMPLITUDES = (0.75, 1.35)
 _UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (85 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
+_LEAST_SHOWN = 0.08  # gap of the most open mouth, in eye distances, from which it serves as reference
+_IMAGINED_GAP = 0.16  # of one that stands in for it
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
 _RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
 _PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
@@ -198,7 +201,8 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
     """The profile of a person from some of their faces (one is enough).
 
     The rest mouth is the mean of the most closed ones, closed; a moving source also tells the amplitude. The reference is
-    the most open frontal mouth. `amplitude`, that of another speaker (1 is average), replaces the person's own.
+    the most open frontal mouth, or where no mouth is open enough to tell what it looks like inside, an imagined one.
+    `amplitude`, that of another speaker (1 is average), replaces the person's own.
     """
     if not references:
         raise ValueError("a profile needs at least one face")
@@ -212,7 +216,26 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
     if amplitude is None:
         amplitude = float(np.clip(gaps.std() / GAP_STD, *_AMPLITUDES)) if moves else 1.0
     most_open = references[frontal[int(np.argmax(gaps))]]
-    return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, (most_open,) if gaps.max() > 0.02 else ())
+    shown = most_open if gaps.max() > _LEAST_SHOWN else _imagined(most_open, basis)
+    return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, () if shown is None else (shown,))
+
+
+def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
+    """The same picture with an open mouth; None where the mouth is not in it."""
+    region = reference.region
+    picture = Picture(*to_planes(reference.rgb, Color()))
+    origin = np.array([region.x_px, region.y_px, 0], np.float32)
+    source = reference.face.points_px - origin
+    pose = fit_pose(source)
+    opens = basis.opening * np.float32(_IMAGINED_GAP / (basis.opening @ basis.opening))
+    target = source.copy()
+    target[basis.points] += pose.vector_to_picture(basis.displacement(basis.closing(pose.to_face(source)) + opens))
+    drawing = _Drawing.of(picture, source, target, pose, 1.0)
+    if drawing is None:
+        return None
+    drawing.imagine()
+    opened = picture.painted((drawing.patch(),)).rgb(Region(0, 0, region.width_px, region.height_px))
+    return Reference(region, opened, replace(reference.face, points_px=target + origin))
 
 
 def _part_lips(points_px: F32) -> None:
@@ -352,6 +375,13 @@ class _Drawing:
                 borderMode=cv2.BORDER_REPLICATE,
             )
             plane[box] = np.clip(plane[box] * (1 - part) + inside * part + 0.5, 0, 255).astype(np.uint8)
+
+    def imagine(self) -> None:
+        """Lay into the opening what it may look like."""
+        lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
+        rgb = np.empty((3, *PAINT_SIZE[::-1]), np.float32)
+        _view(self._planes, self._color, self._to_crop(0), rgb)
+        self.fill(inside(lips, rgb, _polygon(lips, PAINT_SIZE)), 0)
 
     def patch(self) -> Patch:
         return Patch(self._region, *self._planes, self._mask)
