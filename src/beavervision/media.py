@@ -96,10 +96,11 @@ class Region:
     @classmethod
     def around(cls, points_px: F32, margin_px: float, width_px: int, height_px: int) -> Region | None:
         """The smallest region that holds `points_px` (n, 2+) and `margin_px` more, within the picture; None if empty."""
-        low = np.floor(points_px[:, :2].min(axis=0) - margin_px).astype(int) // 2 * 2
-        high = -(-np.ceil(points_px[:, :2].max(axis=0) + margin_px).astype(int) // 2) * 2
-        x0, y0 = max(int(low[0]), 0), max(int(low[1]), 0)
-        x1, y1 = min(int(high[0]), width_px), min(int(high[1]), height_px)
+        x, y = points_px[:, 0], points_px[:, 1]
+        x0, y0 = (max(int(np.floor(v.min() - margin_px)) // 2 * 2, 0) for v in (x, y))
+        x1, y1 = (
+            min(-(-int(np.ceil(v.max() + margin_px)) // 2) * 2, limit) for v, limit in ((x, width_px), (y, height_px))
+        )
         return cls(x0, y0, x1 - x0, y1 - y0) if x1 - x0 >= 2 and y1 - y0 >= 2 else None
 
 

@@ -60,13 +60,13 @@ class ExpressionBasis:
         """How the points of a pose-free `face` (478, 3) move for `controls` (52,), lids apart."""
         controls = _eased(controls)
         used = np.flatnonzero(controls)
-        gap = float((face[INNER_LOWER[2:7], 1] - face[INNER_UPPER[2:7], 1]).mean())
+        before = face[INNER_LOWER, 1] - face[INNER_UPPER, 1]
+        gap = float(before[2:7].sum()) / 5
         weights = controls[used]
-        move = np.tensordot(weights, self.moves[used], axes=1)
+        move = (weights @ self.moves[used].reshape(-1, 3 * POINTS)).reshape(POINTS, 3)
         if gap > 0:
-            move += np.tensordot(weights * np.float32(gap), self.opens[used], axes=1)
+            move += ((weights * np.float32(gap)) @ self.opens[used].reshape(-1, 3 * POINTS)).reshape(POINTS, 3)
             # Lips may meet, never cross further than they do.
-            before = face[INNER_LOWER, 1] - face[INNER_UPPER, 1]
             after = before + move[INNER_LOWER, 1] - move[INNER_UPPER, 1]
             over = np.maximum(np.minimum(before, 0) - after, 0) / 2
             move[INNER_LOWER, 1] += over
@@ -75,7 +75,8 @@ class ExpressionBasis:
 
     def closing(self, controls: F32) -> F32:
         """By how much of its gap each lid moves, (2, 2) as :attr:`lids`; no eye closes further than shut."""
-        lids = np.tensordot(_eased(controls, 7 / 15), self.lids, axes=1)  # an eye half shut looks like a squint
+        eased = _eased(controls, 7 / 15)  # an eye half shut looks like a squint
+        lids = (eased @ self.lids.reshape(BLENDSHAPES, -1)).reshape(2, 2)
         total = lids.sum(axis=1, keepdims=True)
         return np.asarray(np.where(total > 1, lids / np.maximum(total, 1e-6), np.maximum(lids, -_MAX_WIDE)), np.float32)
 
