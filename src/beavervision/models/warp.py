@@ -64,10 +64,21 @@ def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
 
     Places are interpolated, not offsets: what is linear comes out exactly.
     """
+    return interpolated(places_of_cells(offsets_px, step, left, top), step)
+
+
+def places_of_cells(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
+    """The same for the middles of the cells, and for one cell more on each side, (h + 2, w + 2, 2)."""
     cells: Any = cv2.copyMakeBorder(offsets_px, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # up to the edge, not the last middle
     rows, columns = cells.shape[:2]
     cells[..., 0] += (np.arange(columns, dtype=np.float32) - np.float32(0.5)) * step + np.float32(left - 0.5)
     cells[..., 1] += ((np.arange(rows, dtype=np.float32) - np.float32(0.5)) * step + np.float32(top - 0.5))[:, None]
+    return np.asarray(cells, np.float32)
+
+
+def interpolated(cells: F32, step: int) -> F32:
+    """For each pixel of all but the outer cells (h + 2, w + 2, 2) its place, (h * step, w * step, 2)."""
+    rows, columns = cells.shape[:2]
     fine: Any = cv2.resize(cells, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
     return np.asarray(fine[step:-step, step:-step], np.float32)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from beavervision.media import F32, U8, Clip, Picture, Region
 from beavervision.models.expression import ExpressionBasis, samples
 from beavervision.models.mesh import FACE_OVAL, Pose, fit_pose
-from beavervision.models.warp import places_of
+from beavervision.models.warp import interpolated, places_of_cells
 
 STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
@@ -123,7 +124,7 @@ def _fade(away: F32, reach: float) -> F32:
 class _Warp:
     """For each pixel of a rectangle, which may reach beyond the region around the face, where in the region it comes from."""
 
-    __slots__ = ("_grid", "_moves", "_step", "_x", "_y")
+    __slots__ = ("_from", "_grid", "_moves", "_step", "_x", "_y")
 
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
         """`grid` (rows, columns, 2): how far away each cell of `step` pixels finds its own."""
@@ -131,6 +132,7 @@ class _Warp:
         size = np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1]))
         self._moves = (size > _MOVES_PX).astype(np.uint8)
         self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))[..., None]
+        self._from = places_of_cells(self._grid, step, x, y)
 
     @classmethod
     def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
@@ -159,41 +161,54 @@ class _Warp:
         return cls(int(low[0]) * step, int(low[1]) * step, step, grid)
 
     def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
+        drawn = self._moves.copy()
+        moved: list[tuple[int, int, F32]] = []
+        layers: list[tuple[int, int, _Layer]] = []
+        for eye in eyes:
+            x, y, right, bottom = box = self._held(_in_twos(eye.box(self._moved_at(eye.middle))), region)
+            drawn[self._cells(box)] = 1
+            where = self._places((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4)).copy()
+            if where.size:
+                layers += [(x + layer.x, y + layer.y, layer) for layer in eye.place(where)]
+                moved.append((x, y, where))
         planes = _Planes.of(picture, region)
         step = self._step
-        for row in range(0, len(self._moves), _ROWS):
-            strip = self._moves[row : row + _ROWS]
-            used = np.flatnonzero(strip.max(axis=0))
+        for row in range(0, len(drawn), _ROWS):
+            used = np.flatnonzero(drawn[row : row + _ROWS].max(axis=0))
             if used.size:
                 left, top = self._x + int(used[0]) * step, self._y + row * step
-                right = self._x + (int(used[-1]) + 1) * step
-                planes.draw(*self._places(left, top, right, top + len(strip) * step, region))
-        for eye in eyes:
-            x, y, where = self._places(*_in_twos(eye.box(self._moved_at(eye.middle))), region)
-            where = where[: where.shape[0] // 4 * 4, : where.shape[1] // 4 * 4].copy()
-            if where.size:
-                layers = eye.place(where)
-                planes.draw(x, y, where)
-                for layer in layers:
-                    planes.draw(x + layer.x, y + layer.y, layer.where, layer.alpha)
+                box = self._held((left, top, self._x + (int(used[-1]) + 1) * step, top + _ROWS * step), region)
+                where = self._places(box)
+                for x, y, eye_where in moved:
+                    _paste(eye_where, where, x - box[0], y - box[1])
+                planes.draw(*box[:2], where)
+        for x, y, layer in layers:
+            planes.draw(x, y, layer.where, layer.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
-    def _places(self, x: int, y: int, right: int, bottom: int, region: Region) -> tuple[int, int, F32]:
-        """Of a box, as far as it lies within the grid and the region: its first pixel, and where its pixels (h, w, 2) come from.
-        All are even."""
+    def _held(self, box: _Box, region: Region) -> _Box:
+        """A box, all even, as far as it lies within the grid and the region."""
         rows, columns = self._moves.shape
+        x, y = max(box[0], self._x, 0), max(box[1], self._y, 0)
+        right = min(box[2], self._x + columns * self._step, region.width_px)
+        bottom = min(box[3], self._y + rows * self._step, region.height_px)
+        return x, y, max(right, x), max(bottom, y)
+
+    def _cells(self, box: _Box) -> _Cut:
+        """Those that hold a box."""
+        x, y, right, bottom = box[0] - self._x, box[1] - self._y, box[2] - self._x, box[3] - self._y
         step = self._step
-        x, y = max(x, self._x, 0), max(y, self._y, 0)
-        right = max(min(right, self._x + columns * step, region.width_px), x)
-        bottom = max(min(bottom, self._y + rows * step, region.height_px), y)
+        return slice(y // step, -(-bottom // step)), slice(x // step, -(-right // step))
+
+    def _places(self, box: _Box) -> F32:
+        """Where the pixels (h, w, 2) of a box come from."""
+        x, y, right, bottom = box
         if right == x or bottom == y:
-            return x, y, np.zeros((0, 0, 2), np.float32)
-        # One cell more on each side, between whose middle and the next one the outer pixels lie.
-        first, top = max((x - self._x) // step - 1, 0), max((y - self._y) // step - 1, 0)
-        cells = self._grid[top : -(-(bottom - self._y) // step) + 1, first : -(-(right - self._x) // step) + 1]
-        left, above = self._x + first * step, self._y + top * step
-        where = places_of(cells, step, left, above)
-        return x, y, where[y - above : bottom - above, x - left : right - left]
+            return np.zeros((0, 0, 2), np.float32)
+        rows, columns = self._cells(box)
+        where = interpolated(self._from[rows.start : rows.stop + 2, columns.start : columns.stop + 2], self._step)
+        left, top = self._x + columns.start * self._step, self._y + rows.start * self._step
+        return where[y - top : bottom - top, x - left : right - left]
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
@@ -203,57 +218,72 @@ class _Warp:
         return np.asarray(place - self._grid[cell[1], cell[0]], np.float32)
 
 
-def _in_twos(box: F32) -> tuple[int, int, int, int]:
+_Box = tuple[int, int, int, int]  # x, y, x end, y end, in pixels
+
+
+def _in_twos(box: F32) -> _Box:
     """A box (x, y, x end, y end), grown to even pixels."""
     x, y = (int(np.floor(v / 2)) * 2 for v in box[:2])
     right, bottom = (int(np.ceil(v / 2)) * 2 for v in box[2:])
     return x, y, right, bottom
 
 
+def _paste(part: F32, onto: F32, x: int, y: int) -> None:
+    """Write `part` over what of `onto` lies under it, its corner at (x, y) there; in x it lies within."""
+    top, bottom = max(y, 0), min(y + part.shape[0], onto.shape[0])
+    if top < bottom:
+        onto[top:bottom, x : x + part.shape[1]] = part[top - y : bottom - y]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Planes:
-    """The planes of a picture and, of a region, what is drawn from and drawn to. It is interpolated in floats, which is faster."""
+    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats: that is faster."""
 
     new: tuple[U8, U8, U8]
     luma: F32  # (h, w), as it was
-    chroma: F32  # (h / 2, w / 2, 2)
+    chroma: tuple[U8, U8]  # (h / 2, w / 2)
     to: tuple[U8, U8, U8]  # views of `new`
 
     @classmethod
     def of(cls, picture: Picture, region: Region) -> _Planes:
+        luma, u, v = picture.planes(region)
         new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
-        luma, chroma = region.slices
-        to = (new[0][luma], new[1][chroma], new[2][chroma])
-        return cls(new, to[0].astype(np.float32), cv2.merge([to[1], to[2]]).astype(np.float32), to)
+        rows, columns = region.slices
+        return cls(new, luma.astype(np.float32), (u, v), (new[0][rows], new[1][columns], new[2][columns]))
 
     def draw(self, x: int, y: int, where: F32, alpha: F32 | None = None) -> None:
         """Draw what comes from `where` with its corner at (x, y), all even; `alpha` mixes it in."""
         if not where.size:
             return
+        rows, columns = where.shape[:2]
+        to = self.to[0][y : y + rows, x : x + columns]
         luma = _remap(self.luma, where, cv2.INTER_CUBIC)
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
-        self._put(0, x, y, luma, alpha)
-        half = _remap(self.chroma, _halved(where), cv2.INTER_LINEAR)
-        if alpha is not None:
-            alpha = np.asarray(cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
-        for plane, new in enumerate(cv2.split(half), start=1):
-            self._put(plane, x // 2, y // 2, np.asarray(new, np.float32), alpha)
+        cv2.convertScaleAbs(luma if alpha is None else _mixed(to, luma, alpha), to)
+        half = _halved(where)
+        part = None if alpha is None else cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA)
+        for plane, new in zip(self.chroma, self.to[1:], strict=True):
+            to = new[y // 2 : (y + rows) // 2, x // 2 : (x + columns) // 2]
+            if part is None:
+                _remap(plane, half, cv2.INTER_LINEAR, to)
+            else:
+                cv2.convertScaleAbs(_mixed(to, _remap(plane, half, cv2.INTER_LINEAR), part), to)
 
-    def _put(self, plane: int, x: int, y: int, new: F32, alpha: F32 | None) -> None:
-        to = self.to[plane][y : y + new.shape[0], x : x + new.shape[1]]
-        if alpha is not None:
-            new = to + (new - to) * alpha
-        cv2.convertScaleAbs(new, to)
+
+def _mixed(to: U8, new: npt.NDArray[Any], alpha: npt.NDArray[Any]) -> F32:
+    return np.asarray(to + np.subtract(new, to, dtype=np.float32) * alpha, np.float32)
 
 
 def _halved(where: F32) -> F32:
     """Where chroma samples come from, given where the pixels do, an even number of them."""
-    half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return np.asarray(half * np.float32(0.5) - np.float32(0.25), np.float32)
+    # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
+    half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_NEAREST)
+    return np.multiply(half, np.float32(0.5), out=half)
 
 
-def _remap(plane: F32, where: F32, how: int) -> F32:
-    made: F32 = cv2.remap(plane, where, None, how, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+def _remap(plane: npt.NDArray[Any], where: F32, how: int, to: U8 | None = None) -> npt.NDArray[Any]:
+    """Onto `to` where it is given."""
+    made: npt.NDArray[Any] = cv2.remap(plane, where, None, how, to, cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
     return made
 
 
