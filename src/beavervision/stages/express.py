@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil, floor, hypot
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from beavervision.media import F32, U8, Clip, Picture, Region
+from beavervision.media import F32, POINTS, U8, Clip, Picture, Region
 from beavervision.models.expression import ExpressionBasis, samples
 from beavervision.models.mesh import FACE_OVAL, Pose, fit_pose
 from beavervision.models.warp import interpolated, places_of_cells
@@ -107,83 +108,104 @@ def _turned(face: F32, head: F32, pose: Pose) -> F32:
     return np.asarray(pose.vector_to_picture(moved)[:, :2] + head[3:5] * width, np.float32)
 
 
-@cache
-def _outline() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], F32]:
-    """Samples along the face's outline: between which two points each lies, and how near to the second."""
-    after = np.roll(FACE_OVAL, -1)
-    part = np.tile(np.arange(_BETWEEN, dtype=np.float32) / _BETWEEN, len(FACE_OVAL))[:, None]
-    return np.repeat(FACE_OVAL, _BETWEEN), np.repeat(after, _BETWEEN), part.astype(np.float32)
-
-
 def _fade(away: F32, reach: float) -> F32:
     """From 1 at the outline to 0 at `reach`, smooth at both ends."""
     t = np.clip(away / reach, 0, 1)
     return np.asarray(1 - t * t * (3 - 2 * t), np.float32)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Surface:
+    """Samples all over the face and around its outline. Each is a weighted sum of three of the points and, as the last of these
+    (479), the middle of the outline."""
+
+    corners: npt.NDArray[np.intp]  # (3, m)
+    at: F32  # (3, m), the weights for its place,
+    skin: F32  # for how far it moves with the skin,
+    head: F32  # and with the head
+
+    @classmethod
+    def of(cls, reach: float) -> _Surface:
+        """As far beyond the outline as `reach`."""
+        lattice = samples()
+        away = np.arange(1, round(reach / _LEVELS) + 2, dtype=np.float32)[:, None] * np.float32(_LEVELS)
+        part = np.tile(np.arange(_BETWEEN, dtype=np.float32) / _BETWEEN, len(FACE_OVAL))  # from one point to the next
+        ring = [np.repeat(FACE_OVAL, _BETWEEN), np.repeat(np.roll(FACE_OVAL, -1), _BETWEEN), np.full(len(part), POINTS)]
+
+        def weights(*of_each: npt.NDArray[np.floating]) -> F32:
+            outside = np.stack(np.broadcast_arrays(*of_each)).reshape(3, -1)
+            return np.concatenate([lattice.weights.T, outside], axis=1).astype(np.float32)
+
+        corners = np.concatenate([lattice.corners.T, np.tile(ring, len(away))], axis=1)
+        skin, head = _fade(away, _SKIN_REACH), _fade(away, _HEAD_REACH)
+        none = np.zeros_like(away)
+        return cls(
+            np.ascontiguousarray(corners),
+            weights((1 + away) * (1 - part), (1 + away) * part, -away),
+            weights(skin * (1 - part), skin * part, none),
+            weights(head * (1 - part), head * part, none),
+        )
+
+
+_surface = cache(_Surface.of)
+
+
 class _Warp:
     """For each pixel of a rectangle, which may reach beyond the region around the face, where in the region it comes from."""
 
-    __slots__ = ("_from", "_grid", "_moves", "_step", "_x", "_y")
+    __slots__ = ("_from", "_grid", "_half", "_moves", "_step", "_x", "_y")
 
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
-        """`grid` (rows, columns, 2): how far away each cell of `step` pixels finds its own."""
+        """`grid` (2, rows, columns): how far away each cell of `step` pixels finds its own."""
         self._x, self._y, self._step = x, y, step
-        size = np.maximum(np.abs(grid[..., 0]), np.abs(grid[..., 1]))
-        self._moves = (size > _MOVES_PX).astype(np.uint8)
-        self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))[..., None]
-        self._from = places_of_cells(self._grid, step, x, y)
+        size = np.maximum(*np.abs(grid))
+        self._moves = (size > _MOVES_PX).view(np.uint8)
+        self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))
+        self._from = places_of_cells(np.asarray(cv2.merge([*self._grid]), np.float32), step, x, y)
+        self._half = _halved(self._from)
 
     @classmethod
     def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
         """From the points (478, 2) and how far they move with the skin and with the head, in pixels."""
-        lattice = samples()
-        every = skin if head is None else skin + head
-        first, second, part = _outline()
-        ring = np.concatenate([points, skin, every - skin], axis=1)
-        ring = ring[first] * (1 - part) + ring[second] * part
-        reach = _SKIN_REACH if head is None else _HEAD_REACH
-        away = np.arange(1, round(reach / _LEVELS) + 2, dtype=np.float32)[:, None, None] * np.float32(_LEVELS)
-        outside = ring[:, :2] + (ring[:, :2] - points[FACE_OVAL].mean(axis=0)) * away
-        moved = ring[:, 2:4] * _fade(away, _SKIN_REACH) + ring[:, 4:] * _fade(away, _HEAD_REACH)
-        inside = lattice.of(np.concatenate([points, every], axis=1))
-        move = np.concatenate([inside[:, 2:], moved.reshape(-1, 2)])
-        target = np.concatenate([inside[:, :2], outside.reshape(-1, 2)]) + move
+        surface = _surface(_SKIN_REACH if head is None else _HEAD_REACH)
+        values = np.concatenate([points, skin] if head is None else [points, skin, head], axis=1).T
+        values = np.concatenate([values, values[:, FACE_OVAL].mean(axis=1, keepdims=True)], axis=1)
+        values = values.take(surface.corners, axis=1)
+        move = np.einsum("kcm,cm->km", values[2:4], surface.skin)
+        if head is not None:
+            move += np.einsum("kcm,cm->km", values[4:], surface.head)
+        target = np.einsum("kcm,cm->km", values[:2], surface.at) + move
         step = max(1, round(pose.scale_px / _CELLS / 2)) * 2  # even: chroma samples are whole
-        moving = target[np.maximum(np.abs(move[:, 0]), np.abs(move[:, 1])) > _MOVES_PX]
-        reached = np.concatenate(
-            [moving if eyes or len(moving) else target[:1], *(eye.box(eye.middle).reshape(2, 2) for eye in eyes)]
-        )
-        lowest, highest = (np.array([f(reached[:, 0]), f(reached[:, 1])]) / step for f in (np.min, np.max))
-        low = np.floor(lowest).astype(int) - 3
-        size = np.ceil(highest).astype(int) + 3 - low
-        grid = _splat(target * np.float32(1 / step) - low.astype(np.float32), -move, int(size[0]), int(size[1]))
-        return cls(int(low[0]) * step, int(low[1]) * step, step, grid)
+        moving = target.take(np.flatnonzero(np.maximum(*np.abs(move)) > _MOVES_PX), axis=1)
+        boxes = [np.reshape(eye.box(eye.middle), (2, 2)).T for eye in eyes]
+        reached = np.concatenate([moving if eyes or moving.size else target[:, :1], *boxes], axis=1)
+        (x, right), (y, bottom) = ((floor(a.min() / step) - 3, ceil(a.max() / step) + 3) for a in reached)
+        at = target * np.float32(1 / step) - np.array([[x], [y]], np.float32)
+        return cls(x * step, y * step, step, _splat(at, -move, right - x, bottom - y))
 
     def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
         drawn = self._moves.copy()
-        moved: list[tuple[int, int, F32]] = []
+        moved: list[tuple[int, int, F32, F32]] = []
         layers: list[tuple[int, int, _Layer]] = []
         for eye in eyes:
             x, y, right, bottom = box = self._held(_in_twos(eye.box(self._moved_at(eye.middle))), region)
             drawn[self._cells(box)] = 1
-            where = self._places((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4)).copy()
+            where = self._places((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4))[0].copy()
             if where.size:
                 layers += [(x + layer.x, y + layer.y, layer) for layer in eye.place(where)]
-                moved.append((x, y, where))
+                moved.append((x, y, where, _shrunk(where)))
         planes = _Planes.of(picture, region)
         step = self._step
-        for row in range(0, len(drawn), _ROWS):
-            used = np.flatnonzero(drawn[row : row + _ROWS].max(axis=0))
-            if used.size:
-                left, top = self._x + int(used[0]) * step, self._y + row * step
-                box = self._held((left, top, self._x + (int(used[-1]) + 1) * step, top + _ROWS * step), region)
-                where = self._places(box)
-                for x, y, eye_where in moved:
-                    _paste(eye_where, where, x - box[0], y - box[1])
-                planes.draw(*box[:2], where)
+        for row, first, last in _strips(drawn):
+            left, top = self._x + first * step, self._y + row * step
+            box = self._held((left, top, self._x + last * step, top + _ROWS * step), region)
+            where, half = self._places(box)
+            for x, y, eye_where, eye_half in moved:
+                _paste(eye_where, where, x - box[0], y - box[1])
+                _paste(eye_half, half, (x - box[0]) // 2, (y - box[1]) // 2)
+            planes.draw(*box[:2], where, half)
         for x, y, layer in layers:
-            planes.draw(x, y, layer.where, layer.alpha)
+            planes.mix(x, y, layer.where, layer.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
 
     def _held(self, box: _Box, region: Region) -> _Box:
@@ -200,32 +222,42 @@ class _Warp:
         step = self._step
         return slice(y // step, -(-bottom // step)), slice(x // step, -(-right // step))
 
-    def _places(self, box: _Box) -> F32:
-        """Where the pixels (h, w, 2) of a box come from."""
+    def _places(self, box: _Box) -> tuple[F32, F32]:
+        """Where the pixels (h, w, 2) of a box come from, and its chroma samples (h / 2, w / 2, 2)."""
         x, y, right, bottom = box
         if right == x or bottom == y:
-            return np.zeros((0, 0, 2), np.float32)
+            return np.zeros((0, 0, 2), np.float32), np.zeros((0, 0, 2), np.float32)
         rows, columns = self._cells(box)
-        where = interpolated(self._from[rows.start : rows.stop + 2, columns.start : columns.stop + 2], self._step)
+        cells = slice(rows.start, rows.stop + 2), slice(columns.start, columns.stop + 2)
         left, top = self._x + columns.start * self._step, self._y + rows.start * self._step
-        return where[y - top : bottom - top, x - left : right - left]
+        x, right, y, bottom = x - left, right - left, y - top, bottom - top
+        where, half = interpolated(self._from[cells], self._step), interpolated(self._half[cells], self._step // 2)
+        return where[y:bottom, x:right], half[y // 2 : bottom // 2, x // 2 : right // 2]
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
-        cell = np.clip(
-            ((place - [self._x, self._y]) / self._step).astype(int), 0, np.array(self._moves.shape[::-1]) - 1
-        )
-        return np.asarray(place - self._grid[cell[1], cell[0]], np.float32)
+        _, rows, columns = self._grid.shape
+        x, y = place.tolist()
+        column = min(max(int((x - self._x) / self._step), 0), columns - 1)
+        row = min(max(int((y - self._y) / self._step), 0), rows - 1)
+        return np.asarray(place - self._grid[:, row, column], np.float32)
 
 
 _Box = tuple[int, int, int, int]  # x, y, x end, y end, in pixels
 
 
-def _in_twos(box: F32) -> _Box:
+def _in_twos(box: tuple[float, float, float, float]) -> _Box:
     """A box (x, y, x end, y end), grown to even pixels."""
-    x, y = (int(np.floor(v / 2)) * 2 for v in box[:2])
-    right, bottom = (int(np.ceil(v / 2)) * 2 for v in box[2:])
-    return x, y, right, bottom
+    x, y, right, bottom = box
+    return floor(x / 2) * 2, floor(y / 2) * 2, ceil(right / 2) * 2, ceil(bottom / 2) * 2
+
+
+def _strips(drawn: U8) -> Iterator[tuple[int, int, int]]:
+    """The first row of each strip of a grid in which something is set, and from and to which column it is."""
+    strips = np.maximum.reduceat(drawn, range(0, len(drawn), _ROWS), axis=0)
+    first, after = strips.argmax(axis=1), strips.shape[1] - strips[:, ::-1].argmax(axis=1)
+    for strip in np.flatnonzero(strips.any(axis=1)).tolist():
+        yield strip * _ROWS, int(first[strip]), int(after[strip])
 
 
 def _paste(part: F32, onto: F32, x: int, y: int) -> None:
@@ -251,34 +283,46 @@ class _Planes:
         rows, columns = region.slices
         return cls(new, luma.astype(np.float32), (u, v), (new[0][rows], new[1][columns], new[2][columns]))
 
-    def draw(self, x: int, y: int, where: F32, alpha: F32 | None = None) -> None:
-        """Draw what comes from `where` with its corner at (x, y), all even; `alpha` mixes it in."""
-        if not where.size:
-            return
-        rows, columns = where.shape[:2]
-        to = self.to[0][y : y + rows, x : x + columns]
+    def draw(self, x: int, y: int, where: F32, half: F32) -> None:
+        """Draw the pixels that come from `where`, and the chroma samples that come from `half`, with their corner at (x, y), all
+        even."""
+        if where.size:
+            luma, *chroma = self._under(x, y, where)
+            cv2.convertScaleAbs(self._luma(where), luma)
+            for plane, to in zip(self.chroma, chroma, strict=True):
+                _remap(plane, half, cv2.INTER_LINEAR, to)
+
+    def mix(self, x: int, y: int, where: F32, alpha: F32) -> None:
+        """Mix them in, as much as `alpha` (h, w) says."""
+        luma, *chroma = self._under(x, y, where)
+        cv2.blendLinear(cv2.convertScaleAbs(self._luma(where)), luma, alpha, 1 - alpha, luma)
+        half = _shrunk(where)
+        alpha = np.asarray(cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
+        for plane, to in zip(self.chroma, chroma, strict=True):
+            cv2.blendLinear(_remap(plane, half, cv2.INTER_LINEAR), to, alpha, 1 - alpha, to)
+
+    def _luma(self, where: F32) -> F32:
         luma = _remap(self.luma, where, cv2.INTER_CUBIC)
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
-        cv2.convertScaleAbs(luma if alpha is None else _mixed(to, luma, alpha), to)
-        half = _halved(where)
-        part = None if alpha is None else cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA)
-        for plane, new in zip(self.chroma, self.to[1:], strict=True):
-            to = new[y // 2 : (y + rows) // 2, x // 2 : (x + columns) // 2]
-            if part is None:
-                _remap(plane, half, cv2.INTER_LINEAR, to)
-            else:
-                cv2.convertScaleAbs(_mixed(to, _remap(plane, half, cv2.INTER_LINEAR), part), to)
+        return luma
 
-
-def _mixed(to: U8, new: npt.NDArray[Any], alpha: npt.NDArray[Any]) -> F32:
-    return np.asarray(to + np.subtract(new, to, dtype=np.float32) * alpha, np.float32)
+    def _under(self, x: int, y: int, where: F32) -> tuple[U8, U8, U8]:
+        """The parts of the new planes for the places (h, w, 2) of a box with its corner at (x, y)."""
+        bottom, right = y + where.shape[0], x + where.shape[1]
+        luma, u, v = self.to
+        half = slice(y // 2, bottom // 2), slice(x // 2, right // 2)
+        return luma[y:bottom, x:right], u[half], v[half]
 
 
 def _halved(where: F32) -> F32:
+    """Places in the chroma planes, given places in luma's."""
+    return where * np.float32(0.5) - np.float32(0.25)
+
+
+def _shrunk(where: F32) -> F32:
     """Where chroma samples come from, given where the pixels do, an even number of them."""
-    # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
-    half = cv2.resize(where, (where.shape[1] // 2, where.shape[0] // 2), interpolation=cv2.INTER_NEAREST)
-    return np.multiply(half, np.float32(0.5), out=half)
+    size = where.shape[1] // 2, where.shape[0] // 2
+    return _halved(np.asarray(cv2.resize(where, size, interpolation=cv2.INTER_AREA), np.float32))
 
 
 def _remap(plane: npt.NDArray[Any], where: F32, how: int, to: U8 | None = None) -> npt.NDArray[Any]:
@@ -288,20 +332,21 @@ def _remap(plane: npt.NDArray[Any], where: F32, how: int, to: U8 | None = None) 
 
 
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
-    """Values (m, 2) at places (m, 2), in cells, onto a grid (height, width, 2): smooth, and 0 far from all of them."""
-    x, y = at[:, 0] - np.float32(0.5), at[:, 1] - np.float32(0.5)
+    """Values (2, m) at places (2, m), in cells, onto a grid (2, height, width): smooth, and 0 far from all of them."""
+    x, y = at = np.subtract(at, 0.5, dtype=np.float64)  # what is counted with is
     inside = np.flatnonzero((x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1))
-    x, y, values = x[inside], y[inside], values[inside]
-    column, row = x.astype(np.intp), y.astype(np.intp)
-    index = row * width + column
-    fx, fy = x - column, y - row
-    cells = np.concatenate([index, index + 1, index + width, index + width + 1])
-    share = np.concatenate([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy])
-    grid = np.empty((height, width, 3), np.float32)
-    for layer, weight in enumerate((share, share * np.tile(values[:, 0], 4), share * np.tile(values[:, 1], 4))):
-        grid[..., layer] = np.bincount(cells, weight, minlength=width * height).reshape(height, width)
-    smooth = np.asarray(cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT), np.float32)
-    return np.ascontiguousarray(smooth[..., 1:] / (smooth[..., :1] + np.float32(0.01)))
+    at, values = at.take(inside, axis=1), values.take(inside, axis=1)
+    cell = at.astype(np.intp)
+    to_x, to_y = at - cell
+    from_x, from_y = 1 - to_x, 1 - to_y
+    index = (cell[1] * width + cell[0] + np.array([[0], [1], [width], [width + 1]])).ravel()
+    share = np.stack([from_x * from_y, to_x * from_y, from_x * to_y, to_x * to_y])
+
+    def smooth(weights: F32) -> F32:
+        grid = np.bincount(index, weights.ravel(), minlength=width * height).astype(np.float32).reshape(height, width)
+        return np.asarray(cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT), np.float32)
+
+    return np.stack([smooth(share * value) for value in values]) / (smooth(share) + np.float32(0.01))
 
 
 # Eyes ---------------------------------------------------------------------------------------------
@@ -313,18 +358,21 @@ class _Ring:
 
     upper: npt.NDArray[np.intp]
     lower: npt.NDArray[np.intp]
-    brow: npt.NDArray[np.intp]  # its lower edge
+    brow: npt.NDArray[np.intp]  # three of its lower edge
     iris: npt.NDArray[np.intp]  # the middle, then four points of its rim
+    all: npt.NDArray[np.intp]  # one after the other
 
 
 def _ring(upper: tuple[int, ...], lower: tuple[int, ...], brow: tuple[int, ...], iris: int) -> _Ring:
-    return _Ring(np.array(upper), np.array(lower), np.array(brow), np.arange(iris, iris + 5))
+    parts = np.array(upper), np.array(lower), np.array(brow), np.arange(iris, iris + 5)
+    return _Ring(*parts, np.concatenate(parts))
 
 
 _EYES = (
     _ring((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133), (53, 52, 65), 468),
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
 )  # fmt: skip
+_NO_LIDS = 3 + 5  # points of a ring that are those of brow and iris
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
 _LASH = 0.08  # how far above the opening lashes reach, in eye distances,
 _LASH_SHARE = 0.6  # and at most, of the skin that moves
@@ -353,40 +401,41 @@ class _Eye:
     iris: F32  # (2,), its middle in the picture
     radius_px: float
     gaze_px: F32  # (2,)
+    reach_px: tuple[float, float, float]  # how far from its middle it moves the skin: to the sides, up and down
 
     @classmethod
     def of(cls, ring: _Ring, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eye | None:
         """None where the eye has nothing to do."""
         corner, other = points[ring.upper[0]], points[ring.upper[-1]]
-        span = float(np.hypot(*(other - corner)))
-        gaze = skin[ring.iris[0]]
+        (x, y), gaze = (other - corner).tolist(), skin[ring.iris[0]]
+        span = hypot(x, y)
         if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or span < _LEAST_FACE_PX:
             return None
-        across = (other - corner) / np.float32(span)
-        down = np.array([-across[1], across[0]], np.float32)
-        local = points[np.stack([ring.upper, ring.lower])] - corner
-        x = np.maximum.accumulate(local @ across / np.float32(span), axis=1)
-        above = float((points[ring.upper[3:6]].mean(axis=0) - points[ring.brow].mean(axis=0)) @ down)
+        across, down = np.array([[x, y], [-y, x]], np.float32) / np.float32(span)
+        local = (points[ring.all] - corner) @ np.stack([across / np.float32(span), down], axis=1)
+        lids = local[:-_NO_LIDS].reshape(2, -1, 2).transpose(0, 2, 1).copy()
+        np.maximum.accumulate(lids[:, 0], axis=1, out=lids[:, 0])
+        # The skin moves up to so far above the lid as it will be.
+        (at, upper), (at_lower, lower) = lids
+        fall = np.maximum(np.interp(at, at_lower, lower) - upper, 0) * closing[0]
+        above = float(upper[3:6].sum() - local[-_NO_LIDS:-5, 1].sum()) / 3
+        above = max(_REACH * above, 0.12 * pose.scale_px)
+        up = above + max(0.26 * span, float(max(fall.max(), 0.0) - (upper + fall).min()) + 2)
         rim = points[ring.iris] - points[ring.iris[0]]
         return cls(
-            corner, across, down, span, np.stack([x, local @ down], axis=1).astype(np.float32),
-            float(closing[0]), float(closing[1]), max(_REACH * above, 0.12 * pose.scale_px), pose.scale_px,
-            points[ring.iris[0]], float(np.hypot(rim[1:, 0], rim[1:, 1]).mean()), gaze,
+            corner, across, down, span, lids, float(closing[0]), float(closing[1]), above, pose.scale_px,
+            points[ring.iris[0]], float(np.hypot(rim[1:, 0], rim[1:, 1]).sum()) / 4, gaze,
+            (0.53 * span + 2, up, _BELOW * pose.scale_px + 0.2 * span),
         )  # fmt: skip
 
     @property
     def middle(self) -> F32:
         return np.asarray(self.corner + self.across * np.float32(self.span_px / 2), np.float32)
 
-    def box(self, middle: F32) -> F32:
+    def box(self, middle: F32) -> tuple[float, float, float, float]:
         """What the eye moves if it is drawn around `middle`: x, y, x end, y end."""
-        (x, upper), (x_lower, lower) = self.lids
-        fall = np.maximum(np.interp(x, x_lower, lower) - upper, 0) * self.close_upper
-        # The skin moves up to so far above the lid as it will be.
-        reach = float(max(fall.max(), 0.0) - (upper + fall).min())
-        side, up = 0.53 * self.span_px + 2, self.above_px + max(0.26 * self.span_px, reach + 2)
-        low = _BELOW * self.scale_px + 0.2 * self.span_px
-        return np.array([middle[0] - side, middle[1] - up, middle[0] + side, middle[1] + low], np.float32)
+        (x, y), (side, up, low) = middle.tolist(), self.reach_px
+        return x - side, y - up, x + side, y + low
 
     def place(self, source: F32) -> tuple[_Layer, ...]:
         """Let the lids' skin come from where the lids are.
@@ -398,40 +447,43 @@ class _Eye:
         Returns:
             The line along which shut lids meet, and the eyeball, to be drawn over it.
         """
-        y, fall, rise, seam = self._lids(source)
+        y, fall, rise, seam, widest = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
-        most = max(float(fall.max()), 1e-3)
+        most = max(widest * self.close_upper, 1e-3)
         # The lashes go along as they are and what is above them is stretched, evenly: their dark line would cover the whole lid.
         lash = np.float32(min(_LASH * self.scale_px, _LASH_SHARE * self.above_px))
-        over = _unit((y + lash) * np.float32(1 / (self.above_px - lash + most)) + 1)
-        under = _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
-        lids = (-fall * over, rise * under)
-        skin = np.where(y < seam, *lids)
+        above = fall * -_unit((y + lash) * np.float32(1 / (self.above_px - lash + most)) + 1)
+        below = rise * _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
+        upper = y < seam
         alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
         meets = self.close_upper + self.close_lower > _MEETS
         if meets:  # they may be less than a pixel apart
             alpha = np.minimum(alpha, _unit(seam - margin))
+        over, under = (self._shaded_px(-widest * closes) for closes in (self.close_upper, self.close_lower))
         shown = _within(alpha > 0)
-        layers = (
-            ()
-            if shown is None
-            else self._ball(shown, *(plane[shown] for plane in (source, y, fall, rise, seam, alpha)))
-        )
+        layers: tuple[_Layer, ...] = ()
+        if shown is not None:
+            layers = (_Layer.of(shown, self._looking(source[shown], y[shown], seam[shown]), alpha[shown]),)
+            if over or under:
+                # What lies above the upper lid as it is or in its shade, and below the lower one.
+                hidden = (y + fall < over) | (seam - y + rise < under)
+                layers = self._bared(layers[0], hidden[shown], over, under)
         if meets:
             # Where the lids meet, the pixels that both of them cover show both.
             both = _unit(np.minimum(np.float32(0.5) - np.abs(y - seam), np.float32(1) + margin - seam))
             met = _within(both > 0)
             if met is not None:
-                other = np.where(y[met] < seam[met], lids[1][met], lids[0][met])[..., None] * self.down
+                other = np.where(upper[met], below[met], above[met])[..., None] * self.down
                 layers = (_Layer.of(met, np.asarray(source[met] + other, np.float32), both[met]), *layers)
+        skin = cv2.copyTo(above, upper.view(np.uint8), below)
         source[..., 0] += skin * self.down[0]
         source[..., 1] += skin * self.down[1]
         return layers
 
-    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32]:
+    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32, float]:
         """For places (h, w, 2), all (h, w): y against the new upper lid, how far the lids move towards each other, and where the
-        lower one's skin begins. h and w are multiples of four: in large eyes the lids' curves are interpolated between every
-        fourth pixel."""
+        lower one's skin begins; and the widest gap. h and w are multiples of four: in large eyes the lids' curves are interpolated
+        between every fourth pixel."""
         small = self.span_px < _FINE_PX
         coarse = source if small else (source[1::4, 1::4] + source[2::4, 2::4]) * np.float32(0.5)
         coarse = coarse - (self.corner - np.float32(0.5))
@@ -442,49 +494,47 @@ class _Eye:
         margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
         seam = np.maximum(gap - fall - rise - margin * np.float32(0.5), margin)
         y = np.asarray(coarse @ self.down - upper - fall, np.float32)
+        widest = float(gap.max())
         if not small:
-            fine = cv2.resize(cv2.merge([y, fall, rise, seam]), source.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-            y, fall, rise, seam = (np.asarray(plane, np.float32) for plane in cv2.split(fine))
-        return y, fall, rise, seam
+            size = source.shape[1::-1]
+            y, fall, rise, seam = (
+                np.asarray(cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR), np.float32)
+                for plane in (y, fall, rise, seam)
+            )
+        return y, fall, rise, seam, widest
 
-    def _ball(self, cut: _Cut, source: F32, y: F32, fall: F32, rise: F32, room: F32, alpha: F32) -> tuple[_Layer, ...]:
-        """The eyeball's pixels, a cut out of the eye's box, come from their own place, drawn along by the gaze."""
-        if np.abs(self.gaze_px).max() >= _LEAST_GAZE_PX:
-            t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
-            away = source - (self.iris + self.gaze_px - np.float32(0.5))
-            far = (np.hypot(away[..., 0], away[..., 1]) / max(self.radius_px, 1.0)).astype(np.float32)
-            near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
-            source = source - near[..., None] * self.gaze_px
-        over, under = (self._shaded_px(moved) for moved in (fall, rise))
-        # How deep it lies below the upper lid as it is, and above the lower one.
-        hidden = (y + fall < over) | (room - y + rise < under)
-        bared = _within(hidden) if over or under else None
-        if bared is None:
-            return (_Layer.of(cut, source, alpha),)
-        left, right, share = self._bared(source[bared], hidden[bared], over, under)
-        source = source.copy()
-        source[bared] = left
-        return _Layer.of(cut, source, alpha), _Layer.of(cut, right, alpha[bared] * share, bared)
+    def _looking(self, source: F32, y: F32, room: F32) -> F32:
+        """Places (h, w, 2) of the eyeball, drawn along by the gaze."""
+        if np.abs(self.gaze_px).max() < _LEAST_GAZE_PX:
+            return source
+        t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
+        away = source - (self.iris + self.gaze_px - np.float32(0.5))
+        far = np.hypot(away[..., 0], away[..., 1]) * np.float32(1 / max(self.radius_px, 1.0))
+        near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
+        return np.asarray(source - near[..., None] * self.gaze_px, np.float32)
 
-    def _shaded_px(self, moved: F32) -> np.float32:
-        """How much of what is seen a lid shades that moves so (positive closes); 0 for one that bares nothing."""
-        most = -float(moved.min())
-        return np.float32(min(_SHADE * self.scale_px, most) if most > _BARES_PX else 0)
+    def _shaded_px(self, opens_px: float) -> np.float32:
+        """How much of what is seen a lid shades that is drawn back so far; 0 for one that bares nothing."""
+        return np.float32(min(_SHADE * self.scale_px, opens_px) if opens_px > _BARES_PX else 0)
 
     def _bared(
-        self, source: F32, hidden: npt.NDArray[np.bool_], over: np.float32, under: np.float32
-    ) -> tuple[F32, F32, F32]:
+        self, ball: _Layer, hidden: npt.NDArray[np.bool_], over: np.float32, under: np.float32
+    ) -> tuple[_Layer, ...]:
         """Where to take what an eye that opens further shows and never showed: iris and white are the same all around the pupil, so
         it lies as far from it, at the edge of what is seen.
 
         Args:
-            source: (h, w, 2) places in the region.
-            hidden: (h, w) which of them lie under the lids, or in their shade.
+            ball: the eyeball as it is.
+            hidden: (h, w) which of its pixels lie under the lids, or in their shade.
             over, under: how many pixels of what is seen the upper and the lower lid shade.
 
         Returns:
-            The places to the left and to the right of the iris, and the share (h, w) of the latter.
+            The eyeball with what is hidden taken from the left of the iris and, to be mixed in, what comes from the right.
         """
+        bared = _within(hidden)
+        if bared is None:
+            return (ball,)
+        hidden, source = hidden[bared], ball.where[bared]
         origin = self.corner - np.float32(0.5)
         at_x, at_y = source[..., 0] - origin[0], source[..., 1] - origin[1]
         x = at_x * self.across[0] + at_y * self.across[1]
@@ -497,25 +547,25 @@ class _Eye:
         top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
         to_part = np.float32(_PARTS / self.span_px)
         # How high a circle around the pupil meets the lid; the lids are nearly level there.
-        at = int(np.clip(cx * to_part, 0, _PARTS))
+        at = min(max(int(cx * to_part), 0), _PARTS)
         dx, dy = x - cx, y - cy
         level = np.where(dy < 0, top[at] - cy, low[at] - cy)
         reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
         radius = np.float32(max(self.radius_px, 1.0))
         aside = _unit(np.abs(dx) / radius - 1)  # far from the iris all is white, and there is no further
-        places = []
-        for turned in (cx - reach, cx + reach):
-            to = np.minimum(np.maximum(turned, np.float32(0.1 * self.span_px)), np.float32(0.9 * self.span_px))
-            to += (x - to) * aside
-            index = (to * to_part).astype(np.intp).clip(0, _PARTS)
-            height = np.minimum(np.maximum(y, top.take(index)), low.take(index))
-            place = source.copy()
-            for axis in (0, 1):
-                new = origin[axis] + to * self.across[axis] + height * self.down[axis]
-                np.copyto(place[..., axis], new, where=hidden)
-            places.append(place)
-        right = _unit(dx / radius + np.float32(0.5))
-        return places[0], places[1], right * right * (3 - 2 * right)
+        to = np.stack([cx - reach, cx + reach]).clip(np.float32(0.1 * self.span_px), np.float32(0.9 * self.span_px))
+        to += (x - to) * aside
+        index = (to * to_part).astype(np.intp).clip(0, _PARTS)
+        height = np.minimum(np.maximum(y, top.take(index)), low.take(index))
+        where, right = ball.where.copy(), source.copy()
+        for axis in (0, 1):
+            new = origin[axis] + to * self.across[axis] + height * self.down[axis]
+            np.copyto(where[bared][..., axis], new[0], where=hidden)
+            np.copyto(right[..., axis], new[1], where=hidden)
+        share = _unit(dx / radius + np.float32(0.5))
+        share = ball.alpha[bared] * share * share * (3 - 2 * share)
+        rows, columns = bared
+        return replace(ball, where=where), _Layer(ball.x + columns.start, ball.y + rows.start, right, share)
 
 
 _Cut = tuple[slice, slice]
@@ -523,7 +573,7 @@ _Cut = tuple[slice, slice]
 
 def _within(mask: npt.NDArray[np.bool_]) -> _Cut | None:
     """Rows and columns, from and to even ones, around what is set; None where nothing is."""
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
     if not width:
         return None
     return slice(y // 2 * 2, -(-(y + height) // 2) * 2), slice(x // 2 * 2, -(-(x + width) // 2) * 2)
@@ -539,11 +589,10 @@ class _Layer:
     alpha: F32
 
     @classmethod
-    def of(cls, cut: _Cut, where: F32, alpha: F32, part: _Cut = (slice(0, None), slice(0, None))) -> _Layer:
-        """Of a cut out of the eye's box a part."""
-        rows, columns = part
-        return cls(cut[1].start + columns.start, cut[0].start + rows.start, where[part], alpha[part])
+    def of(cls, cut: _Cut, where: F32, alpha: F32) -> _Layer:
+        """Of a cut out of the eye's box."""
+        return cls(cut[1].start, cut[0].start, where, alpha)
 
 
 def _unit(values: F32) -> F32:
-    return np.minimum(np.maximum(values, np.float32(0)), np.float32(1))
+    return values.clip(0, 1)
