@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, floor, hypot
+from math import ceil, cos, dist, floor, hypot, radians, sin
 from typing import Any
 
 import cv2
@@ -96,16 +96,21 @@ def expressed(picture: Picture, points_px: F32, controls: F32, head: F32, basis:
 
 def _turned(face: F32, head: F32, pose: Pose) -> F32:
     """How far the points of a pose-free face (478, 3) move in the picture with the head, (478, 2)."""
-    yaw, pitch, roll = np.radians(head[:3].astype(np.float64))
-    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
-    turn = (
-        np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
-        @ np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-        @ np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
+    yaw, pitch, roll = (radians(degrees) for degrees in head[:3].tolist())
+    cy, sy, cp, sp, cr, sr = cos(yaw), sin(yaw), cos(pitch), sin(pitch), cos(roll), sin(roll)
+    # First about the upright axis, then nodding, then in the picture's plane.
+    turn = np.array(
+        [
+            [cr * cy + sr * sp * sy, -sr * cp, sr * sp * cy - cr * sy],
+            [sr * cy - cr * sp * sy, cr * cp, -sr * sy - cr * sp * cy],
+            [cp * sy, sp, cp * cy],
+        ]
     )
-    moved = (face - _NECK) @ (float(head[5]) * turn.T).astype(np.float32) + _NECK - face
-    width = float(np.linalg.norm(face[454] - face[234])) * pose.scale_px
-    return np.asarray(pose.vector_to_picture(moved)[:, :2] + head[3:5] * width, np.float32)
+    # Both the turn and the way into the picture are linear: one product for all points.
+    to_px = (float(head[5]) * turn.T - np.eye(3)) @ pose.rotation.T[:, :2] * pose.scale_px
+    width = dist(face[454].tolist(), face[234].tolist()) * pose.scale_px
+    shift_px = head[3:5] * width - _NECK @ to_px
+    return np.asarray(face @ to_px.astype(np.float32) + shift_px.astype(np.float32), np.float32)
 
 
 def _fade(away: F32, reach: float) -> F32:
@@ -153,7 +158,7 @@ _surface = cache(_Surface.of)
 class _Warp:
     """For each pixel of a rectangle, which may reach beyond the region around the face, where in the region it comes from."""
 
-    __slots__ = ("_from", "_grid", "_half", "_moves", "_step", "_x", "_y")
+    __slots__ = ("_from", "_grid", "_half", "_high", "_low", "_moves", "_step", "_x", "_y")
 
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
         """`grid` (2, rows, columns): how far away each cell of `step` pixels finds its own."""
@@ -163,14 +168,15 @@ class _Warp:
         self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))
         self._from = places_of_cells(np.asarray(cv2.merge([*self._grid]), np.float32), step, x, y)
         self._half = _halved(self._from)
+        self._low, self._high = self._from[..., 1].min(axis=1).tolist(), self._from[..., 1].max(axis=1).tolist()
 
     @classmethod
     def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
         """From the points (478, 2) and how far they move with the skin and with the head, in pixels."""
         surface = _surface(_SKIN_REACH if head is None else _HEAD_REACH)
         values = np.concatenate([points, skin] if head is None else [points, skin, head], axis=1).T
-        values = np.concatenate([values, values[:, FACE_OVAL].mean(axis=1, keepdims=True)], axis=1)
-        values = values.take(surface.corners, axis=1)
+        middle = values.take(FACE_OVAL, axis=1).sum(axis=1, keepdims=True) / np.float32(len(FACE_OVAL))
+        values = np.concatenate([values, middle], axis=1).take(surface.corners, axis=1)
         move = np.einsum("kcm,cm->km", values[2:4], surface.skin)
         if head is not None:
             move += np.einsum("kcm,cm->km", values[4:], surface.head)
@@ -185,25 +191,25 @@ class _Warp:
 
     def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
         drawn = self._moves.copy()
-        moved: list[tuple[int, int, F32, F32]] = []
+        patches: list[_Patch] = []
         layers: list[tuple[int, int, _Layer]] = []
         for eye in eyes:
             x, y, right, bottom = box = self._held(_in_twos(eye.box(self._moved_at(eye.middle))), region)
             drawn[self._cells(box)] = 1
-            where = self._places((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4))[0].copy()
-            if where.size:
+            patch = self._patch((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4))
+            if patch is not None:
+                where = patch.where.copy()
                 layers += [(x + layer.x, y + layer.y, layer) for layer in eye.place(where)]
-                moved.append((x, y, where, _shrunk(where)))
-        planes = _Planes.of(picture, region)
+                patches.append(_Patch(x, y, where, _shrunk(where), *_rows(where)))
+        planes = _Planes(picture, region)
         step = self._step
         for row, first, last in _strips(drawn):
             left, top = self._x + first * step, self._y + row * step
-            box = self._held((left, top, self._x + last * step, top + _ROWS * step), region)
-            where, half = self._places(box)
-            for x, y, eye_where, eye_half in moved:
-                _paste(eye_where, where, x - box[0], y - box[1])
-                _paste(eye_half, half, (x - box[0]) // 2, (y - box[1]) // 2)
-            planes.draw(*box[:2], where, half)
+            strip = self._patch(self._held((left, top, self._x + last * step, top + _ROWS * step), region))
+            if strip is not None:
+                for patch in patches:
+                    strip.put(patch)
+                planes.draw(strip)
         for x, y, layer in layers:
             planes.mix(x, y, layer.where, layer.alpha)
         return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
@@ -222,17 +228,20 @@ class _Warp:
         step = self._step
         return slice(y // step, -(-bottom // step)), slice(x // step, -(-right // step))
 
-    def _places(self, box: _Box) -> tuple[F32, F32]:
-        """Where the pixels (h, w, 2) of a box come from, and its chroma samples (h / 2, w / 2, 2)."""
+    def _patch(self, box: _Box) -> _Patch | None:
+        """A box as the grid moves it; None if it is empty."""
         x, y, right, bottom = box
         if right == x or bottom == y:
-            return np.zeros((0, 0, 2), np.float32), np.zeros((0, 0, 2), np.float32)
+            return None
         rows, columns = self._cells(box)
         cells = slice(rows.start, rows.stop + 2), slice(columns.start, columns.stop + 2)
-        left, top = self._x + columns.start * self._step, self._y + rows.start * self._step
-        x, right, y, bottom = x - left, right - left, y - top, bottom - top
         where, half = interpolated(self._from[cells], self._step), interpolated(self._half[cells], self._step // 2)
-        return where[y:bottom, x:right], half[y // 2 : bottom // 2, x // 2 : right // 2]
+        left, top = x - self._x - columns.start * self._step, y - self._y - rows.start * self._step
+        right, bottom = left + right - x, top + bottom - y
+        return _Patch(
+            x, y, where[top:bottom, left:right], half[top // 2 : bottom // 2, left // 2 : right // 2],
+            min(self._low[cells[0]]), max(self._high[cells[0]]),
+        )  # fmt: skip
 
     def _moved_at(self, place: F32) -> F32:
         """Where what lies at `place` of the region is drawn, nearly."""
@@ -260,56 +269,81 @@ def _strips(drawn: U8) -> Iterator[tuple[int, int, int]]:
         yield strip * _ROWS, int(first[strip]), int(after[strip])
 
 
-def _paste(part: F32, onto: F32, x: int, y: int) -> None:
-    """Write `part` over what of `onto` lies under it, its corner at (x, y) there; in x it lies within."""
-    top, bottom = max(y, 0), min(y + part.shape[0], onto.shape[0])
-    if top < bottom:
-        onto[top:bottom, x : x + part.shape[1]] = part[top - y : bottom - y]
+@dataclass(slots=True, eq=False)
+class _Patch:
+    """A box to be drawn: its corner in the region, where its pixels (h, w, 2) and its chroma samples (h / 2, w / 2, 2) come from,
+    and the first and the last row of that."""
+
+    x: int
+    y: int
+    where: F32
+    half: F32
+    low: float
+    high: float
+
+    def put(self, part: _Patch) -> None:
+        """Let what lies under `part`, which is no wider, come from where that does."""
+        top, bottom = max(part.y, self.y), min(part.y + len(part.where), self.y + len(self.where))
+        if top < bottom:
+            for where, new, by in ((self.where, part.where, 1), (self.half, part.half, 2)):
+                x = (part.x - self.x) // by
+                rows, from_rows = (slice((top - y) // by, (bottom - y) // by) for y in (self.y, part.y))
+                where[rows, x : x + new.shape[1]] = new[from_rows]
+            self.low, self.high = min(self.low, part.low), max(self.high, part.high)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _rows(where: F32) -> tuple[float, float]:
+    """The first and the last row of places (h, w, 2)."""
+    low, high, *_ = cv2.minMaxLoc(cv2.extractChannel(where, 1))
+    return low, high
+
+
 class _Planes:
-    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats: that is faster."""
+    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats, which is faster;
+    rows become floats shortly before they are read, while they are near."""
 
-    new: tuple[U8, U8, U8]
-    luma: F32  # (h, w), as it was
-    chroma: tuple[U8, U8]  # (h / 2, w / 2)
-    to: tuple[U8, U8, U8]  # views of `new`
+    __slots__ = ("_chroma", "_float", "_held", "_luma", "_to", "new")
 
-    @classmethod
-    def of(cls, picture: Picture, region: Region) -> _Planes:
-        luma, u, v = picture.planes(region)
-        new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
-        rows, columns = region.slices
-        return cls(new, luma.astype(np.float32), (u, v), (new[0][rows], new[1][columns], new[2][columns]))
+    def __init__(self, picture: Picture, region: Region) -> None:
+        luma, chroma = region.slices
+        self.new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
+        self._to = (self.new[0][luma], self.new[1][chroma], self.new[2][chroma])
+        self._luma, *self._chroma = picture.planes(region)
+        self._float = np.empty(self._luma.shape, np.float32)
+        self._held: tuple[int, int] | None = None  # from and to which row it is filled
 
-    def draw(self, x: int, y: int, where: F32, half: F32) -> None:
-        """Draw the pixels that come from `where`, and the chroma samples that come from `half`, with their corner at (x, y), all
-        even."""
-        if where.size:
-            luma, *chroma = self._under(x, y, where)
-            cv2.convertScaleAbs(self._luma(where), luma)
-            for plane, to in zip(self.chroma, chroma, strict=True):
-                _remap(plane, half, cv2.INTER_LINEAR, to)
+    def draw(self, patch: _Patch) -> None:
+        luma, *chroma = self._under(patch.x, patch.y, patch.where)
+        cv2.convertScaleAbs(self._cubic(patch.where, patch.low, patch.high), luma)
+        for plane, to in zip(self._chroma, chroma, strict=True):
+            _remap(plane, patch.half, cv2.INTER_LINEAR, to)
 
     def mix(self, x: int, y: int, where: F32, alpha: F32) -> None:
-        """Mix them in, as much as `alpha` (h, w) says."""
+        """Draw what comes from `where` (h, w, 2) at (x, y), as much of it as `alpha` (h, w) says."""
         luma, *chroma = self._under(x, y, where)
-        cv2.blendLinear(cv2.convertScaleAbs(self._luma(where)), luma, alpha, 1 - alpha, luma)
+        cv2.blendLinear(cv2.convertScaleAbs(self._cubic(where, *_rows(where))), luma, alpha, 1 - alpha, luma)
         half = _shrunk(where)
         alpha = np.asarray(cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
-        for plane, to in zip(self.chroma, chroma, strict=True):
+        for plane, to in zip(self._chroma, chroma, strict=True):
             cv2.blendLinear(_remap(plane, half, cv2.INTER_LINEAR), to, alpha, 1 - alpha, to)
 
-    def _luma(self, where: F32) -> F32:
-        luma = _remap(self.luma, where, cv2.INTER_CUBIC)
+    def _cubic(self, where: F32, low: float, high: float) -> F32:
+        """The luma at places (h, w, 2), from row `low` to `high`."""
+        rows = len(self._luma)
+        # Two rows to either side, and one more where a place is rounded up.
+        first, end = min(max(floor(low) - 1, 0), rows - 1), min(max(floor(high) + 4, 1), rows)
+        start, stop = (first, first) if self._held is None else self._held
+        for part in (slice(first, start), slice(stop, end)):
+            self._float[part] = self._luma[part]
+        self._held = min(first, start), max(end, stop)
+        luma = _remap(self._float, where, cv2.INTER_CUBIC)
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
         return luma
 
     def _under(self, x: int, y: int, where: F32) -> tuple[U8, U8, U8]:
         """The parts of the new planes for the places (h, w, 2) of a box with its corner at (x, y)."""
         bottom, right = y + where.shape[0], x + where.shape[1]
-        luma, u, v = self.to
+        luma, u, v = self._to
         half = slice(y // 2, bottom // 2), slice(x // 2, right // 2)
         return luma[y:bottom, x:right], u[half], v[half]
 
@@ -382,6 +416,7 @@ _BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made
 _FINE_PX = 64.0  # eyes shorter than that have the lids' curves in every pixel, others in every fourth
 _MEETS = 0.5  # of the gap, from where on the lids may meet
 _PARTS = 256  # of an eye's length, for each of which the lids' heights are told
+_PART = np.linspace(0, 1, _PARTS + 1)
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
 
@@ -411,8 +446,8 @@ class _Eye:
         span = hypot(x, y)
         if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or span < _LEAST_FACE_PX:
             return None
-        across, down = np.array([[x, y], [-y, x]], np.float32) / np.float32(span)
-        local = (points[ring.all] - corner) @ np.stack([across / np.float32(span), down], axis=1)
+        across, down = frame = np.array([[x, y], [-y, x]], np.float32) / np.float32(span)
+        local = (points[ring.all] - corner) @ (frame.T * np.array([1 / span, 1], np.float32))
         lids = local[:-_NO_LIDS].reshape(2, -1, 2).transpose(0, 2, 1).copy()
         np.maximum.accumulate(lids[:, 0], axis=1, out=lids[:, 0])
         # The skin moves up to so far above the lid as it will be.
@@ -507,11 +542,14 @@ class _Eye:
         """Places (h, w, 2) of the eyeball, drawn along by the gaze."""
         if np.abs(self.gaze_px).max() < _LEAST_GAZE_PX:
             return source
-        t = _unit((y / np.maximum(room, np.float32(1e-3))).astype(np.float32))
-        away = source - (self.iris + self.gaze_px - np.float32(0.5))
-        far = np.hypot(away[..., 0], away[..., 1]) * np.float32(1 / max(self.radius_px, 1.0))
-        near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * t) * _unit(5 - 5 * t)
-        return np.asarray(source - near[..., None] * self.gaze_px, np.float32)
+        part = y / np.maximum(room, np.float32(1e-3))
+        x, y = self.iris + self.gaze_px - np.float32(0.5)
+        far = np.hypot(source[..., 0] - x, source[..., 1] - y) * np.float32(1 / max(self.radius_px, 1.0))
+        near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * np.minimum(part, 1 - part))
+        source = source.copy()
+        source[..., 0] -= near * self.gaze_px[0]
+        source[..., 1] -= near * self.gaze_px[1]
+        return source
 
     def _shaded_px(self, opens_px: float) -> np.float32:
         """How much of what is seen a lid shades that is drawn back so far; 0 for one that bares nothing."""
@@ -534,15 +572,14 @@ class _Eye:
         bared = _within(hidden)
         if bared is None:
             return (ball,)
-        hidden, source = hidden[bared], ball.where[bared]
+        hidden, source = np.ascontiguousarray(hidden[bared]), ball.where[bared]
         origin = self.corner - np.float32(0.5)
         at_x, at_y = source[..., 0] - origin[0], source[..., 1] - origin[1]
         x = at_x * self.across[0] + at_y * self.across[1]
         y = at_x * self.down[0] + at_y * self.down[1]
         iris = self.iris - self.corner
         cx, cy = np.float32(iris @ self.across), np.float32(iris @ self.down)
-        part = np.linspace(0, 1, _PARTS + 1)
-        upper, lower = (np.interp(part, *lid).astype(np.float32) for lid in self.lids)
+        upper, lower = (np.interp(_PART, *lid).astype(np.float32) for lid in self.lids)
         middle = (upper + lower) * np.float32(0.5)
         top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
         to_part = np.float32(_PARTS / self.span_px)
@@ -555,13 +592,12 @@ class _Eye:
         aside = _unit(np.abs(dx) / radius - 1)  # far from the iris all is white, and there is no further
         to = np.stack([cx - reach, cx + reach]).clip(np.float32(0.1 * self.span_px), np.float32(0.9 * self.span_px))
         to += (x - to) * aside
-        index = (to * to_part).astype(np.intp).clip(0, _PARTS)
-        height = np.minimum(np.maximum(y, top.take(index)), low.take(index))
+        index = (to * to_part).astype(np.intp)
+        height = np.minimum(np.maximum(y, top.take(index, mode="clip")), low.take(index, mode="clip"))
+        new_x, new_y = (origin[axis] + to * self.across[axis] + height * self.down[axis] for axis in (0, 1))
         where, right = ball.where.copy(), source.copy()
-        for axis in (0, 1):
-            new = origin[axis] + to * self.across[axis] + height * self.down[axis]
-            np.copyto(where[bared][..., axis], new[0], where=hidden)
-            np.copyto(right[..., axis], new[1], where=hidden)
+        for places, axes in zip((where[bared], right), zip(new_x, new_y, strict=True), strict=True):
+            cv2.copyTo(cv2.merge(axes), hidden.view(np.uint8), places)
         share = _unit(dx / radius + np.float32(0.5))
         share = ball.alpha[bared] * share * share * (3 - 2 * share)
         rows, columns = bared
