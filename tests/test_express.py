@@ -136,6 +136,20 @@ def test_a_blink_is_no_squint() -> None:
     assert rise(half, "eyeSquint") < 0.25
 
 
+def test_lids_that_close_leave_the_eyeball_where_it_is() -> None:
+    def enlarged(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(cv2.resize(plane, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC), np.uint8)
+
+    source, points = portrait(), face().points_px * 4
+    large = Picture(enlarged(source.y), enlarged(source.u), enlarged(source.v), source.color)
+    squint = expressed(large, points, look(eyeSquint=0.6), STILL, load_basis())
+    for iris in (468, 473):
+        x, y = points[iris, :2]
+        radius = np.hypot(*(points[iris + 1, :2] - points[iris, :2]))
+        pupil = np.s_[int(y - 0.4 * radius) : int(y + 0.4 * radius), int(x - 0.6 * radius) : int(x + 0.6 * radius)]
+        assert np.median(np.abs(squint.y[pupil].astype(int) - large.y[pupil])) <= 1
+
+
 def test_wide_eyes_bare_the_white_and_leave_the_iris_round() -> None:
     def gap(picture: Picture) -> float:
         points = seen(picture).points_px

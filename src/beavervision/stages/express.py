@@ -498,7 +498,7 @@ class _Eye:
         shown = _within(alpha > 0)
         layers: tuple[_Layer, ...] = ()
         if shown is not None:
-            layers = (_Layer.of(shown, self._looking(source[shown], y[shown], seam[shown]), alpha[shown]),)
+            layers = (_Layer.of(shown, self._looking(source[shown].copy(), y[shown], seam[shown]), alpha[shown]),)
             if over or under:
                 # What lies above the upper lid as it is or in its shade, and below the lower one.
                 hidden = (y + fall < over) | (seam - y + rise < under)
@@ -539,14 +539,13 @@ class _Eye:
         return y, fall, rise, seam, widest
 
     def _looking(self, source: F32, y: F32, room: F32) -> F32:
-        """Places (h, w, 2) of the eyeball, drawn along by the gaze."""
+        """Places (h, w, 2) of the eyeball, drawn along by the gaze (in place)."""
         if np.abs(self.gaze_px).max() < _LEAST_GAZE_PX:
             return source
         part = y / np.maximum(room, np.float32(1e-3))
         x, y = self.iris + self.gaze_px - np.float32(0.5)
         far = np.hypot(source[..., 0] - x, source[..., 1] - y) * np.float32(1 / max(self.radius_px, 1.0))
         near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * np.minimum(part, 1 - part))
-        source = source.copy()
         source[..., 0] -= near * self.gaze_px[0]
         source[..., 1] -= near * self.gaze_px[1]
         return source
