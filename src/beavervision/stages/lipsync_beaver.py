@@ -296,11 +296,11 @@ class _Drawing:
             return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         size = (region.width_px, region.height_px)
-        where, mask = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
-        planes = warped(picture, region, where)
+        flow = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
+        planes = warped(picture, region, flow)
         hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
-        alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
-        return cls(region, planes, picture.color, alpha, hole, target_px, pose)
+        mask = flow.mask if strength >= 1 else np.asarray(cv2.convertScaleAbs(flow.mask, alpha=strength), np.uint8)
+        return cls(region, planes, picture.color, mask, hole, target_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
