@@ -89,21 +89,41 @@ def triangles() -> IndexArray:
     return _data()[1]
 
 
+@cache
+def _stable() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+    """The average face's :data:`STABLE` points (n, 3) from their middle, the middle (3,), and the sum of their squares."""
+    points = canonical()[STABLE].astype(np.float64)
+    middle = points.mean(axis=0)
+    return points - middle, middle, float(((points - middle) ** 2).sum())
+
+
+def fit_poses(points_px: F32) -> list[Pose]:
+    """The poses of faces with `points_px` (n, 478, 3): least squares over :data:`STABLE` (Umeyama, 1991)."""
+    source, middle, squares = _stable()
+    target = points_px[:, STABLE].astype(np.float64)
+    u, d, vt = np.linalg.svd(target.swapaxes(1, 2) @ source)
+    sign = np.sign(np.linalg.det(u @ vt))
+    u[..., 2] *= sign[:, None]
+    d[:, 2] *= sign
+    rotation, scale = u @ vt, d.sum(axis=1) / squares
+    shift = target.mean(axis=1) - scale[:, None] * (rotation @ middle)
+    parts = zip(rotation.astype(np.float32), scale.tolist(), shift.astype(np.float32), strict=True)
+    return [Pose(*part) for part in parts]
+
+
 def fit_pose(points_px: F32) -> Pose:
-    """The pose of a face with `points_px` (478, 3): least squares over :data:`STABLE` (Umeyama, 1991)."""
-    target = points_px[STABLE].astype(np.float64)
-    source = canonical()[STABLE].astype(np.float64)
-    mean_t, mean_s = target.mean(axis=0), source.mean(axis=0)
-    t, s = target - mean_t, source - mean_s
-    u, d, vt = np.linalg.svd(t.T @ s)
-    sign = np.array([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    rotation = (u * sign) @ vt
-    scale = float((d * sign).sum() / (s**2).sum())
-    shift = mean_t - scale * (rotation @ mean_s)
-    return Pose(rotation.astype(np.float32), scale, shift.astype(np.float32))
+    """That of one face (478, 3), as :func:`fit_poses`."""
+    return fit_poses(points_px[None])[0]
+
+
+def openings(points: F32) -> F32:
+    """The inner lip gaps (n,) of faces (n, 478, 3), means over the middle of the mouth, in mouth widths (any frame, any unit)."""
+    gaps = points[:, INNER_UPPER[2:7], :2] - points[:, INNER_LOWER[2:7], :2]
+    widths = points[:, OUTER_CORNERS[0]] - points[:, OUTER_CORNERS[1]]
+    gap, width = np.sqrt((gaps**2).sum(axis=-1)).mean(axis=-1), np.sqrt((widths**2).sum(axis=-1))
+    return np.asarray(gap / np.maximum(width, 1e-6), np.float32)
 
 
 def opening(points: F32) -> float:
-    """The inner lip gap, the mean over the middle of the mouth, in mouth widths (any frame, any unit)."""
-    gap = np.linalg.norm(points[INNER_UPPER[2:7], :2] - points[INNER_LOWER[2:7], :2], axis=1).mean()
-    return float(gap / max(float(np.linalg.norm(points[OUTER_CORNERS[0]] - points[OUTER_CORNERS[1]])), 1e-6))
+    """That of one face (478, 3), as :func:`openings`."""
+    return float(openings(points[None])[0])

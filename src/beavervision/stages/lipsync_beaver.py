@@ -21,7 +21,6 @@ from beavervision.media import (
     U8,
     Clip,
     Color,
-    Face,
     Heard,
     Net,
     Patch,
@@ -43,7 +42,7 @@ from beavervision.models.beaver import (
     Equaliser,
     painted_rows,
 )
-from beavervision.models.mesh import Pose, fit_pose
+from beavervision.models.mesh import Pose, fit_pose, fit_poses
 from beavervision.models.visemes import Lead, speaking
 from beavervision.models.warp import Opening, triangle_flow, warped
 
@@ -150,40 +149,55 @@ class BeaverSync:
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
         assert clip.track is not None
-        drawings: list[_Drawing | None] = []
-        for picture, face, strength, wanted in zip(
-            clip.frames.pictures, clip.track.faces, clip.track.strength, motion, strict=True
-        ):
-            shown = face is not None and strength > 0
-            drawings.append(self._warp(picture, face, wanted, float(strength)) if shown and face else None)
+        track = clip.track
+        drawings: list[_Drawing | None] = [None] * len(clip)
+        opening = np.zeros(len(clip), np.float32)
+        faces = [(i, face) for i, face in enumerate(track.faces) if face is not None and track.strength[i] > 0]
+        if faces:
+            at, points = [i for i, _ in faces], np.stack([face.points_px for _, face in faces])
+            poses = fit_poses(points)
+            targets = self._targets(points, poses, motion[at], track.strength[at])
+            framed = _topology(_LOWER_POINTS).framed(points, targets)
+            for i, pose, face_px, opens, source_px, target_px, corners_px in zip(
+                at, poses, targets, mesh.openings(targets), *framed, strict=True
+            ):
+                picture, strength = clip.frames.pictures[i], float(track.strength[i])
+                region = Region.around(corners_px, 4.0, picture.width_px, picture.height_px)
+                if region is not None:
+                    drawings[i] = _Drawing.of(picture, region, source_px, target_px, face_px, pose, strength)
+                    opening[i] = opens
         self._paint([d for d in drawings if d is not None])
         return replace(
             clip,
             patches=tuple((d.patch(),) if d is not None else () for d in drawings),
-            opening=np.array([d.opening if d is not None else 0.0 for d in drawings], np.float32),
+            opening=opening,
             drawn=tuple(d.target if d is not None else None for d in drawings),
         )
 
     def shown(self, clip: Clip) -> F32:
         """The motion (n, k) that the mouths of a tracked clip show themselves; 0 where there is no face."""
         assert clip.track is not None
-        nothing = np.zeros(len(self._basis.shapes), np.float32)
-        return np.stack([nothing if f is None else self._has(f, fit_pose(f.points_px)) for f in clip.track.faces])
+        found = np.zeros((len(clip), len(self._basis.shapes)), np.float32)
+        seen = [i for i, face in enumerate(clip.track.faces) if face is not None]
+        if seen:
+            points = np.stack([face.points_px for face in clip.track.faces if face is not None])
+            found[seen] = self._has(points, fit_poses(points))
+        return found
 
-    def _has(self, face: Face, pose: Pose) -> F32:
+    def _has(self, points_px: F32, poses: Sequence[Pose]) -> F32:
+        """The motion (n, k) that the mouths of faces (n, 478, 3) show."""
         points = self._basis.points
-        return self._basis.coefficients(pose.to_face(face.points_px)[points] - self._profile.rest[points])
+        faces = np.stack([pose.to_face(face) for pose, face in zip(poses, points_px[:, points], strict=True)])
+        return self._basis.coefficients(faces - self._profile.rest[points])
 
-    def _warp(self, picture: Picture, face: Face, wanted: F32, strength: float) -> _Drawing | None:
-        """Move the picture's own pixels; the opening is left for the painter."""
-        points = self._basis.points
-        pose = fit_pose(face.points_px)
-        has = self._has(face, pose)
-        move = pose.vector_to_picture(self._basis.displacement((wanted - has) * strength))
-        target = face.points_px.copy()
-        target[points] += move
-        _part_lips(target)
-        return _Drawing.of(picture, face.points_px, target, pose, strength)
+    def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
+        """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at the `strength` (n,) of each face."""
+        moves = self._basis.displacement((wanted - self._has(points_px, poses)) * strength[:, None])
+        targets = points_px.copy()
+        moves_px = [pose.vector_to_picture(move) for pose, move in zip(poses, moves, strict=True)]
+        targets[:, self._basis.points] += np.stack(moves_px)
+        _part_lips(targets)
+        return targets
 
     def _paint(self, drawings: Sequence[_Drawing]) -> None:
         shown = [(d, *d.shown(self._reference)) for d in drawings if d.hole_area() > _MIN_HOLE_PX]
@@ -216,14 +230,13 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
 
 
 def _part_lips(points_px: F32) -> None:
-    """Where the lower lip came above the upper, let them meet halfway (in place)."""
-    upper, lower = points_px[mesh.INNER_UPPER], points_px[mesh.INNER_LOWER]
-    down = points_px[152, :2] - points_px[1, :2]
-    down /= max(float(np.linalg.norm(down)), 1e-6)
-    crossed = ((lower[:, :2] - upper[:, :2]) @ down) < 0
-    middle = (upper[crossed] + lower[crossed]) / 2
-    points_px[mesh.INNER_UPPER[crossed]] = middle
-    points_px[mesh.INNER_LOWER[crossed]] = middle
+    """Where the lower lip of faces (n, 478, 3) came above the upper, let them meet halfway (in place)."""
+    upper, lower = points_px[:, mesh.INNER_UPPER], points_px[:, mesh.INNER_LOWER]
+    down = points_px[:, 152, :2] - points_px[:, 1, :2]
+    crossed = ((lower - upper)[..., :2] @ down[..., None]) < 0
+    middle = (upper + lower) / 2
+    points_px[:, mesh.INNER_UPPER] = np.where(crossed, middle, upper)
+    points_px[:, mesh.INNER_LOWER] = np.where(crossed, middle, lower)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,6 +248,16 @@ class _Topology:
     jaw: npt.NDArray[np.intp]
     used: npt.NDArray[np.intp]  # the points that the triangles have
     normals: F32  # (t, 3), of the average face's triangles, in the pose-free frame; 0 for the ring's
+
+    def framed(self, source_px: F32, target_px: F32) -> tuple[F32, F32, F32]:
+        """Where the points of the triangles are and shall come to lie (n, p, 2), of faces (n, 478, 3), and the corners of the boxes
+        that hold them (n, 2, 2).
+        """
+        centre = source_px[:, mesh.OUTER_CORNERS, :2].mean(axis=1, keepdims=True)
+        frame = centre + _RING * (source_px[:, self.jaw, :2] - centre)
+        source, target = (np.concatenate([points[..., :2], frame], axis=1) for points in (source_px, target_px))
+        both = np.concatenate([source[:, self.used], target[:, self.used]], axis=1)
+        return source, target, np.stack([both.min(axis=1), both.max(axis=1)], axis=1)
 
     def facing(self, pose: Pose) -> tuple[npt.NDArray[np.intp], Opening]:
         """The triangles without those that a head so turned hides: they would cover what is before them with pixels from afar.
@@ -272,35 +295,28 @@ def _topology(points: tuple[int, ...]) -> _Topology:
 class _Drawing:
     """One picture's lower face on its way: warped, then filled, then a patch."""
 
-    __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "opening", "target")
+    __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "target")
 
     def __init__(
         self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: U8, target: F32, pose: Pose
     ) -> None:
         self._region, self._planes, self._color, self._mask, self._hole = region, planes, color, mask, hole
         self.target, self._pose = target, pose
-        self.opening = mesh.opening(target)
 
     @classmethod
-    def of(cls, picture: Picture, source_px: F32, target_px: F32, pose: Pose, strength: float) -> _Drawing | None:
-        """Warp the lower face of `picture` so that `source_px` (478, 3) come to lie at `target_px`; None outside of it."""
-        topology = _topology(_LOWER_POINTS)
-        centre = source_px[[61, 291], :2].mean(axis=0)
-        frame = centre + _RING * (source_px[topology.jaw, :2] - centre)
-        source = np.concatenate([source_px[:, :2], frame])
-        target = np.concatenate([target_px[:, :2], frame])
-        region = Region.around(
-            np.concatenate([source[topology.used], target[topology.used]]), 4.0, picture.width_px, picture.height_px
-        )
-        if region is None:
-            return None
+    def of(
+        cls, picture: Picture, region: Region, source_px: F32, target_px: F32, face_px: F32, pose: Pose, strength: float
+    ) -> _Drawing:
+        """Warp a `region` of `picture` so that its face comes to lie at `face_px` (478, 3). source_px, target_px (p, 2): as from
+        :meth:`_Topology.framed`.
+        """
         origin = np.array([region.x_px, region.y_px], np.float32)
+        triangles, opening = _topology(_LOWER_POINTS).facing(pose)
         size = (region.width_px, region.height_px)
-        flow = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
-        planes = warped(picture, region, flow)
-        hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
+        flow = triangle_flow(source_px - origin, target_px - origin, triangles, opening, size)
         mask = flow.mask if strength >= 1 else np.asarray(cv2.convertScaleAbs(flow.mask, alpha=strength), np.uint8)
-        return cls(region, planes, picture.color, mask, hole, target_px, pose)
+        hole = _polygon(face_px[mesh.INNER_LIP, :2] - origin, size)
+        return cls(region, warped(picture, region, flow), picture.color, mask, hole, face_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
