@@ -7,6 +7,7 @@ painted, by a small network that sees the warped surroundings and a reference mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -295,13 +296,21 @@ def _topology(points: tuple[int, ...]) -> _Topology:
 class _Drawing:
     """One picture's lower face on its way: warped, then filled, then a patch."""
 
-    __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "target")
+    __slots__ = ("_color", "_hole", "_hole_in", "_mask", "_planes", "_region", "_soft", "_to_crop", "target")
 
     def __init__(
-        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: U8, target: F32, pose: Pose
+        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, target: F32, pose: Pose
     ) -> None:
-        self._region, self._planes, self._color, self._mask, self._hole = region, planes, color, mask, hole
-        self.target, self._pose = target, pose
+        self._region, self._planes, self._color, self._mask = region, planes, color, mask
+        self.target = target
+        self._to_crop = _crop_matrix(pose)
+        # The opening, where in the region it lies, and room for its edge to be softened.
+        self._soft = max(0.6, pose.scale_px / 110)
+        lips = target[mesh.INNER_LIP, :2] - np.array([region.x_px, region.y_px], np.float32)
+        reach = round(3 * self._soft) + 1
+        self._hole_in = Region.around(lips, reach, region.width_px, region.height_px) or Region(0, 0, 2, 2)
+        corner = np.array([self._hole_in.x_px, self._hole_in.y_px], np.float32)
+        self._hole = _polygon(lips - corner, (self._hole_in.width_px, self._hole_in.height_px))
 
     @classmethod
     def of(
@@ -315,30 +324,24 @@ class _Drawing:
         size = (region.width_px, region.height_px)
         flow = triangle_flow(source_px - origin, target_px - origin, triangles, opening, size)
         mask = flow.mask if strength >= 1 else np.asarray(cv2.convertScaleAbs(flow.mask, alpha=strength), np.uint8)
-        hole = _polygon(face_px[mesh.INNER_LIP, :2] - origin, size)
-        return cls(region, warped(picture, region, flow), picture.color, mask, hole, face_px, pose)
+        return cls(region, warped(picture, region, flow), picture.color, mask, face_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
-        return cv2.sumElems(self._hole)[0] / 255 * (_PAINT_SCALE / self._pose.scale_px) ** 2
-
-    def _to_crop(self, top: int) -> F32:
-        """(2, 3): pixels of the region to the painter's crop from its row `top` on."""
-        matrix = _crop_matrix(self._pose)
-        matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px] - [0, top]
-        return matrix
+        return cv2.sumElems(self._hole)[0] / 255 * float((self._to_crop[0, :2] ** 2).sum())
 
     def shown(self, reference: _ReferenceMouth) -> tuple[F32, int]:
         """What the painter has to see, (12, h, 96): the blanked crop, the opening, the reference, and that moved with the jaw; and
         which row of the crop it begins at.
         """
-        lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
+        lips = _apply(self._to_crop, self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, PAINT_SIZE, grow_px=0.8)
         rows = painted_rows(hole)
         hole = hole[rows]
         layers = np.empty((12, *hole.shape), np.float32)
-        _view(self._planes, self._color, self._to_crop(rows.start), layers[:3])
-        layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 2] = 0
+        to_crop = _seen_from(self._to_crop, self._region.x_px, self._region.y_px, rows.start)
+        _view(self._planes, self._color, to_crop, layers[:3])
+        layers[:3] *= cv2.dilate(hole, np.ones((3, 3), np.uint8)) <= 2
         np.multiply(hole, np.float32(1 / 255), out=layers[3])
         layers[4:8] = reference.layers[:, rows]
         reference.move(lips[_LOWER_MIDDLE].mean(axis=0), rows, layers[8:])
@@ -346,28 +349,25 @@ class _Drawing:
 
     def fill(self, painted: F32, top: int) -> None:
         """Lay what was painted, (3, h, 96) from the crop's row `top` on, into the opening."""
-        soft = max(0.6, self._pose.scale_px / 110)
-        x, y, width, height = cv2.boundingRect(self._hole)
-        reach = round(3 * soft)
-        x0, y0 = max(x - reach, 0) // 2 * 2, max(y - reach, 0) // 2 * 2
-        x1, y1 = min(x + width + reach, self._hole.shape[1]), min(y + height + reach, self._hole.shape[0])
-        x1, y1 = x1 + x1 % 2, y1 + y1 % 2
-        alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1].astype(np.float32) * np.float32(1 / 255), (0, 0), soft)
-        yuv = cv2.transform(np.ascontiguousarray(painted.transpose(1, 2, 0)) * 255, self._color.to_yuv())
-        to_crop = self._to_crop(top)
-        to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
-        for plane, values, pixel_px in zip(self._planes, cv2.split(yuv), (1, 2, 2), strict=True):
-            box = np.s_[y0 // pixel_px : y1 // pixel_px, x0 // pixel_px : x1 // pixel_px]
-            size = plane[box].shape[::-1]
-            part = alpha if pixel_px == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_AREA)
-            inside = cv2.warpAffine(
-                values,
-                between_pixels(to_crop, (pixel_px, pixel_px)),
-                size,
-                flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-                borderMode=cv2.BORDER_REPLICATE,
-            )
-            plane[box] = np.clip(plane[box] * (1 - part) + inside * part + 0.5, 0, 255).astype(np.uint8)
+        alpha = cv2.GaussianBlur(self._hole.astype(np.float32) * np.float32(1 / 255), (0, 0), self._soft)
+        alpha_c = cv2.resize(alpha, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        _, to_yuv = _color_maps(self._color)
+        yuv = (255 * to_yuv[:, :3]) @ painted.reshape(3, -1) + to_yuv[:, 3:]
+        x, y = self._region.x_px + self._hole_in.x_px, self._region.y_px + self._hole_in.y_px
+        to_crop = _seen_from(self._to_crop, x, y, top)
+        (luma, chroma), half = self._hole_in.slices, between_pixels(to_crop, (2, 2))
+        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+        for plane, box, values, share, matrix in zip(
+            self._planes,
+            (luma, chroma, chroma),
+            yuv.reshape(painted.shape),
+            (alpha, alpha_c, alpha_c),
+            (between_pixels(to_crop), half, half),
+            strict=True,
+        ):
+            inside = cv2.warpAffine(values, matrix, share.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+            change = (inside - plane[box]) * share
+            cv2.add(plane[box], change, dst=plane[box], dtype=cv2.CV_8U)
 
     def patch(self) -> Patch:
         return Patch(self._region, *self._planes, self._mask)
@@ -385,13 +385,20 @@ def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> U8:
 
 def _crop_matrix(pose: Pose) -> F32:
     """(2, 3): picture pixels to the painter's crop, upright and at a fixed scale."""
-    turn = float(np.arctan2(pose.rotation[1, 0], pose.rotation[0, 0]))
+    turn = math.atan2(pose.rotation[1, 0], pose.rotation[0, 0])
     scale = _PAINT_SCALE / pose.scale_px
-    cos, sin = np.cos(turn) * scale, np.sin(turn) * scale
-    linear = np.array([[cos, sin], [-sin, cos]], np.float32)
-    centre = pose.to_picture(_PAINT_CENTRE)[:2]
-    shift = np.array([PAINT_SIZE[0] / 2, PAINT_SIZE[1] / 2]) - linear @ centre
-    return np.hstack([linear, shift[:, None]]).astype(np.float32)
+    cos, sin = math.cos(turn) * scale, math.sin(turn) * scale
+    x, y, _ = pose.to_picture(_PAINT_CENTRE).tolist()
+    right, down = PAINT_SIZE[0] / 2 - cos * x - sin * y, PAINT_SIZE[1] / 2 + sin * x - cos * y
+    return np.array([[cos, sin, right], [-sin, cos, down]], np.float32)
+
+
+def _seen_from(to_crop: F32, x_px: int, y_px: int, top: int) -> F32:
+    """A crop's matrix (2, 3), but from pixels of a box with its corner at (x_px, y_px), and to the crop from its row `top` on."""
+    seen = to_crop.copy()
+    seen[:, 2] = to_crop @ np.array([x_px, y_px, 1], np.float32)
+    seen[1, 2] -= top
+    return seen
 
 
 def _apply(matrix: F32, points: F32) -> F32:
@@ -400,17 +407,36 @@ def _apply(matrix: F32, points: F32) -> F32:
 
 def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> None:
     """Fill `rgb` (3, h, w), 0..1, with a region's planes through `matrix` (continuous coordinates)."""
-    shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    shrink = math.hypot(matrix[0, 0], matrix[1, 0])
+    size, edge = rgb.shape[:0:-1], cv2.BORDER_REPLICATE
     views = []
     for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
-        if shrink * pixel_px < 0.6:
-            plane = np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.35 / (shrink * pixel_px)), np.uint8)
         to_crop = between_pixels(matrix, (pixel_px, pixel_px))
-        views.append(
-            cv2.warpAffine(plane, to_crop, rgb.shape[:0:-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        )
-    for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), color.to_rgb())), strict=True):
+        if shrink * pixel_px < 0.6:
+            plane, to_crop = _smoothed(plane, to_crop, size, 0.35 / (shrink * pixel_px))
+        views.append(cv2.warpAffine(plane, to_crop, size, flags=cv2.INTER_LINEAR, borderMode=edge))
+    to_rgb, _ = _color_maps(color)
+    for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), to_rgb)), strict=True):
         np.multiply(values, np.float32(1 / 255), out=layer)
+
+
+def _smoothed(plane: U8, to_crop: F32, size: tuple[int, ...], sigma: float) -> tuple[U8, F32]:
+    """What a crop of (width, height) `size` shows of a plane, blurred, and its matrix; `to_crop` is that of the plane."""
+    corners = np.array([[0, size[0], 0, size[0]], [0, 0, size[1], size[1]], [1, 1, 1, 1]], np.float32)
+    x, y = cv2.invertAffineTransform(to_crop) @ corners
+    reach = 4 * sigma + 2
+    (left, right), (top, bottom) = (
+        [min(max(int(edge), 0), side - 1) for edge in (along.min() - reach, along.max() + reach)]
+        for along, side in zip((x, y), plane.shape[::-1], strict=True)
+    )
+    part = plane[top : bottom + 1, left : right + 1]
+    return np.asarray(cv2.GaussianBlur(part, (0, 0), sigma), np.uint8), _seen_from(to_crop, left, top, 0)
+
+
+@cache
+def _color_maps(color: Color) -> tuple[F32, F32]:
+    """To RGB and back."""
+    return color.to_rgb(), color.to_yuv()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
