@@ -19,7 +19,6 @@ _STILL_PX = 1 / 64  # to which OpenCV rounds places
 _TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
 _REACH = 2  # cells around the mouth's opening in which its sides are told apart
 _STRIP_PX = 48  # height of the boxes in which pixels are moved, about
-_GAP_PX = 32  # what stays, from which it is left out between two of them
 
 _Indices = npt.NDArray[np.intp]
 _Box = tuple[slice, slice]  # rows and columns
@@ -38,14 +37,14 @@ class Opening:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """Where the pixels of a region (h, w) come from.
+    """Where the samples of a region (h, w) come from.
 
-    x_px, y_px (h, w) are the places to take them from, 0 being the middle of the first; outside of the boxes `moving` each stays
-    as it is. mask (h, w), 0 to 255, is soft around what moves.
+    luma (h, w) and chroma (h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of the first. Luma
+    outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
     """
 
-    x_px: F32
-    y_px: F32
+    luma: tuple[F32, F32]
+    chroma: tuple[F32, F32]
     moving: tuple[_Box, ...]
     mask: U8
 
@@ -62,33 +61,39 @@ def triangle_flow(source_px: F32, target_px: F32, triangles: _Indices, opening: 
     target, offset = np.ascontiguousarray(target_px.T), np.ascontiguousarray((source_px - target_px).T)
     moved = (np.abs(offset).max(axis=0) > _MOVED_PX)[triangles.T].any(axis=0)
     offsets, owner = _raster(target / np.float32(step), offset, triangles[moved], (columns, rows))
-    x_px, y_px = (_places(of, step, 0, axis)[: size[1], : size[0]] for axis, of in zip((1, 0), offsets, strict=True))
+    x_px, y_px, *chroma = (
+        _places(offsets[1 - axis], step, 0, axis, pixel_px)[: size[1] // pixel_px, : size[0] // pixel_px]
+        for pixel_px in (1, 2)
+        for axis in (1, 0)
+    )
     moving = np.abs(offsets).max(axis=0) > _STILL_PX
     if np.abs(offset[:, opening.upper] - offset[:, opening.lower]).max() > _TORN_PX:
         side = np.append(opening.side[moved], np.int8(0))[owner]
-        moving[_part((x_px, y_px), offsets, side, target_px[opening.upper], target_px[opening.lower], step)] = True
+        cells = _part((x_px, y_px), offsets, side, target_px[opening.upper], target_px[opening.lower], step)
+        moving[cells] = True
+        box = tuple(slice(c.start * step // 2, c.stop * step // 2) for c in cells)
+        for places, half in zip((x_px, y_px), chroma, strict=True):
+            np.multiply(places[::2, ::2][box], np.float32(0.5), out=half[box])
     moving = cv2.dilate(moving.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # places are interpolated
     # Half cells, for an edge that does not widen with them.
     owned = np.where(owner < 0, np.uint8(0), np.uint8(255))
     inside = cv2.resize(owned, (2 * columns, 2 * rows), interpolation=cv2.INTER_NEAREST)
     soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)).astype(np.float32), (0, 0), 1.5)
     mask = cv2.resize(soft.astype(np.uint8), (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
-    return Flow(x_px, y_px, tuple(_boxes(moving, step, size)), np.asarray(mask[: size[1], : size[0]], np.uint8))
+    mask = mask[: size[1], : size[0]]
+    return Flow((x_px, y_px), (chroma[0], chroma[1]), tuple(_boxes(moving, step)), np.asarray(mask, np.uint8))
 
 
-def _boxes(moving: npt.NDArray[np.bool_], step: int, size: tuple[int, int]) -> Iterator[_Box]:
-    """Few boxes of pixels of a (width, height) `size`, with even corners, that hold the `moving` cells (h, w) of `step` pixels and
-    little else.
-    """
-    high = 2 * max(1, round(_STRIP_PX / (2 * step)))
-    for top in range(0, len(moving), high):
-        pairs = np.flatnonzero(moving[top : top + high].any(axis=0)) // 2
-        if len(pairs):
-            ends = np.flatnonzero(np.diff(pairs) * 2 * step > _GAP_PX)
-            for first, last in zip(pairs[[0, *(ends + 1)]].tolist(), pairs[[*ends, -1]].tolist(), strict=True):
-                box = (top * step, (top + high) * step, size[1]), (2 * first * step, 2 * (last + 1) * step, size[0])
-                rows, columns = (slice(begin, min(end, most)) for begin, end, most in box)
-                yield rows, columns
+def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
+    """Few boxes of pixels that together hold the `moving` cells (h, w), of `step` pixels, and little else."""
+    rows, columns = moving.shape
+    high = max(1, round(_STRIP_PX / step))
+    strips = np.zeros((-(-rows // high) * high, columns + 2), np.int8)
+    strips[:rows, 1:-1] = moving
+    edges = np.diff(strips.reshape(-1, high, columns + 2).max(axis=1), axis=1)
+    begins, ends = np.argwhere(edges > 0).tolist(), np.argwhere(edges < 0).tolist()
+    for (strip, first), (_, end) in zip(begins, ends, strict=True):
+        yield np.s_[strip * high * step : (strip + 1) * high * step, first * step : end * step]
 
 
 def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
@@ -105,18 +110,23 @@ def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
     return np.asarray(fine[step:-step, step:-step], np.float32)
 
 
-def _places(offsets_px: Any, step: int, first: int, axis: int) -> F32:
-    """As :func:`places_of`, (h * step, w * step), along `axis` alone, 0 for y and 1 for x: OpenCV is faster with them apart."""
-    cells: Any = cv2.copyMakeBorder(offsets_px, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+def _places(offsets_px: Any, step: int, first: int, axis: int, pixel_px: int = 1) -> F32:
+    """As :func:`places_of`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with them apart), and for samples of
+    `pixel_px` pixels, in such samples; more than those of the cells.
+    """
+    below, right = (pixel_px + side % pixel_px for side in offsets_px.shape)  # whole samples
+    cells: Any = cv2.copyMakeBorder(offsets_px, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE)
     rows, columns = cells.shape
-    cells += _middles(columns, step, first) if axis == 1 else _middles(rows, step, first)[:, None]
-    fine: Any = cv2.resize(cells, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
-    return np.asarray(fine[step:-step, step:-step], np.float32)
+    middles = _middles(cells.shape[axis], step, first, pixel_px)
+    cells = cells * np.float32(1 / pixel_px) + (middles if axis == 1 else middles[:, None])
+    size = (columns * step // pixel_px, rows * step // pixel_px)
+    return np.asarray(cv2.resize(cells, size, interpolation=cv2.INTER_LINEAR)[step:, step:], np.float32)
 
 
-def _middles(count: int, step: int, first: int) -> F32:
-    """Of so many cells of `step` pixels, the second with its edge at `first`."""
-    return (np.arange(count, dtype=np.float32) - np.float32(0.5)) * step + np.float32(first - 0.5)
+def _middles(count: int, step: int, first: int, pixel_px: int = 1) -> F32:
+    """Of so many cells of `step` pixels, in samples of `pixel_px`; so many of them lie before `first`."""
+    at_px = (np.arange(count, dtype=np.float32) + np.float32(0.5 - pixel_px)) * step + np.float32(first)
+    return at_px * np.float32(1 / pixel_px) - np.float32(0.5)
 
 
 def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, int]) -> tuple[F32, _Indices]:
@@ -246,17 +256,11 @@ def warped(picture: Picture, region: Region, flow: Flow) -> tuple[U8, U8, U8]:
     Luma is interpolated cubically, chroma linearly.
     """
     y, u, v = picture.planes(region)
-    luma, chroma = y.copy(), (u.copy(), v.copy())
-    floats = y.astype(np.float32)  # OpenCV interpolates them faster than bytes
     edge = cv2.BORDER_REPLICATE
-    for rows, columns in flow.moving:
-        places = flow.x_px[rows, columns], flow.y_px[rows, columns]
-        moved = cv2.remap(floats, *places, cv2.INTER_CUBIC, borderMode=edge)
-        cv2.add(moved, 0.0, dst=luma[rows, columns], dtype=cv2.CV_8U)  # type: ignore[call-overload]
-        # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
-        box = np.s_[rows.start // 2 : rows.stop // 2, columns.start // 2 : columns.stop // 2]
-        half = [cv2.resize(p, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_NEAREST) for p in places]
-        x_px, y_px = (cv2.multiply(of, 0.5) for of in half)  # type: ignore[call-overload]
-        for plane, out in zip((u, v), chroma, strict=True):
-            cv2.remap(plane, x_px, y_px, cv2.INTER_LINEAR, dst=out[box], borderMode=edge)
-    return luma, *chroma
+    luma, floats = y.copy(), y.astype(np.float32)  # OpenCV interpolates floats faster than bytes
+    x_px, y_px = flow.luma
+    for box in flow.moving:
+        moved = cv2.remap(floats, x_px[box], y_px[box], cv2.INTER_CUBIC, borderMode=edge)
+        cv2.add(moved, 0.0, dst=luma[box], dtype=cv2.CV_8U)  # type: ignore[call-overload]
+    moved_u, moved_v = (cv2.remap(plane, *flow.chroma, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))
+    return luma, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
