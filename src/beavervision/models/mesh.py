@@ -91,7 +91,7 @@ def triangles() -> IndexArray:
 
 @cache
 def _stable() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-    """The average face's :data:`STABLE` points (n, 3) from their middle, the middle (3,), and the sum of their squares."""
+    """The average face's :data:`STABLE` points (n, 3) from their middle, that (3,), and the sum of their squares."""
     points = canonical()[STABLE].astype(np.float64)
     middle = points.mean(axis=0)
     return points - middle, middle, float(((points - middle) ** 2).sum())
@@ -117,7 +117,7 @@ def fit_pose(points_px: F32) -> Pose:
 
 
 def openings(points: F32) -> F32:
-    """The inner lip gaps (n,) of faces (n, 478, 3), means over the middle of the mouth, in mouth widths (any frame, any unit)."""
+    """The inner lip gaps (n,) of faces (n, 478, 3), any frame: means over the middle of the mouth, in mouth widths."""
     gaps = points[:, INNER_UPPER[2:7], :2] - points[:, INNER_LOWER[2:7], :2]
     widths = points[:, OUTER_CORNERS[0]] - points[:, OUTER_CORNERS[1]]
     gap, width = np.sqrt((gaps**2).sum(axis=-1)).mean(axis=-1), np.sqrt((widths**2).sum(axis=-1))

@@ -39,8 +39,8 @@ class Opening:
 class Flow:
     """Where the samples of a region (h, w) come from.
 
-    luma (h, w) and chroma (h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of the first. Luma
-    outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
+    luma (h, w) and chroma (h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of the
+    first. Luma outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
     """
 
     luma: tuple[F32, F32]
@@ -50,7 +50,7 @@ class Flow:
 
 
 def triangle_flow(source_px: F32, target_px: F32, triangles: _Indices, opening: Opening, size: tuple[int, int]) -> Flow:
-    """The flow over a region of (width, height) `size` whose points (n, 2), at `source_px`, shall come to lie at `target_px`.
+    """The flow over a region of (width, height) `size`, whose points (n, 2) shall come from `source_px` to `target_px`.
 
     Args:
         triangles: (t, 3) into the points; of those that overlap the later covers the earlier.
@@ -111,8 +111,8 @@ def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
 
 
 def _places(offsets_px: Any, step: int, first: int, axis: int, pixel_px: int = 1) -> F32:
-    """As :func:`places_of`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with them apart), and for samples of
-    `pixel_px` pixels, in such samples; more than those of the cells.
+    """As :func:`places_of`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with them apart), and for
+    samples of `pixel_px` pixels, in such samples; for those of the cells and some to the right and below.
     """
     below, right = (pixel_px + side % pixel_px for side in offsets_px.shape)  # whole samples
     cells: Any = cv2.copyMakeBorder(offsets_px, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE)
@@ -130,10 +130,10 @@ def _middles(count: int, step: int, first: int, pixel_px: int = 1) -> F32:
 
 
 def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, int]) -> tuple[F32, _Indices]:
-    """The offsets (2, h, w) in the middles of (width, height) `size` cells, and the triangle that each belongs to, or -1.
+    """The offsets (2, h, w) in the middles of (width, height) `size` cells, and the triangle of each, or -1.
 
-    A cell belongs to the last of the `triangles` (t, 3) between the points (2, n), in cells, that has its middle, else to the last
-    that comes within half a cell of it. All rows of all triangles are looked at together.
+    A cell belongs to the last of the `triangles` (t, 3) between the points (2, n), in cells, that has its middle, else
+    to the last that comes within half a cell of it. All rows of all triangles are looked at together.
     """
     width, height = size
     # The points from the highest to the lowest, so that the numbers of a triangle's tell which is its highest.
@@ -196,7 +196,7 @@ def _reached(low: F32, high: F32, most: int) -> tuple[_Indices, _Indices]:
 
 
 def _counted(first: _Indices, counts: _Indices, of: _Indices) -> _Indices:
-    """From each `first` on so many whole numbers, one after the other; `of` tells of each number to which it belongs."""
+    """From each `first` on so many whole numbers, one after the other; `of` tells to which each belongs."""
     return np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
 
 

@@ -192,7 +192,7 @@ class BeaverSync:
         return self._basis.coefficients(faces - self._profile.rest[points])
 
     def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
-        """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at the `strength` (n,) of each face."""
+        """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at a `strength` (n,)."""
         moves = self._basis.displacement((wanted - self._has(points_px, poses)) * strength[:, None])
         targets = points_px.copy()
         moves_px = [pose.vector_to_picture(move) for pose, move in zip(poses, moves, strict=True)]
@@ -251,8 +251,8 @@ class _Topology:
     normals: F32  # (t, 3), of the average face's triangles, in the pose-free frame; 0 for the ring's
 
     def framed(self, source_px: F32, target_px: F32) -> tuple[F32, F32, F32]:
-        """Where the points of the triangles are and shall come to lie (n, p, 2), of faces (n, 478, 3), and the corners of the boxes
-        that hold them (n, 2, 2).
+        """Where the points of the triangles are and shall come to lie (n, p, 2), of faces (n, 478, 3), and the corners
+        of the boxes that hold them (n, 2, 2).
         """
         centre = source_px[:, mesh.OUTER_CORNERS, :2].mean(axis=1, keepdims=True)
         frame = centre + _RING * (source_px[:, self.jaw, :2] - centre)
@@ -316,8 +316,8 @@ class _Drawing:
     def of(
         cls, picture: Picture, region: Region, source_px: F32, target_px: F32, face_px: F32, pose: Pose, strength: float
     ) -> _Drawing:
-        """Warp a `region` of `picture` so that its face comes to lie at `face_px` (478, 3). source_px, target_px (p, 2): as from
-        :meth:`_Topology.framed`.
+        """Warp a `region` of `picture` so that its face comes to lie at `face_px` (478, 3). source_px and target_px
+        (p, 2) are those of :meth:`_Topology.framed`.
         """
         origin = np.array([region.x_px, region.y_px], np.float32)
         triangles, opening = _topology(_LOWER_POINTS).facing(pose)
@@ -394,7 +394,7 @@ def _crop_matrix(pose: Pose) -> F32:
 
 
 def _seen_from(to_crop: F32, x_px: int, y_px: int, top: int) -> F32:
-    """A crop's matrix (2, 3), but from pixels of a box with its corner at (x_px, y_px), and to the crop from its row `top` on."""
+    """A crop's matrix (2, 3) for pixels of a box with its corner at (x_px, y_px), to the crop from its row `top` on."""
     seen = to_crop.copy()
     seen[:, 2] = to_crop @ np.array([x_px, y_px, 1], np.float32)
     seen[1, 2] -= top
@@ -421,7 +421,7 @@ def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> Non
 
 
 def _smoothed(plane: U8, to_crop: F32, size: tuple[int, ...], sigma: float) -> tuple[U8, F32]:
-    """What a crop of (width, height) `size` shows of a plane, blurred, and its matrix; `to_crop` is that of the plane."""
+    """What a crop of (width, height) `size` shows of a plane, blurred, and its matrix, made from that of the plane."""
     corners = np.array([[0, size[0], 0, size[0]], [0, 0, size[1], size[1]], [1, 1, 1, 1]], np.float32)
     x, y = cv2.invertAffineTransform(to_crop) @ corners
     reach = 4 * sigma + 2
