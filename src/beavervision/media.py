@@ -221,9 +221,10 @@ def between_pixels(matrix: _Matrix, pixel_px: tuple[float, float] = (1, 1)) -> _
     Pixel i of the first, `pixel_px` wide and high, lies at (i + 0.5) * pixel_px, and pixel i of the second at i + 0.5. The
     precision is that of `matrix`.
     """
-    linear = matrix[:, :2] * np.asarray(pixel_px, matrix.dtype)
-    shift = linear.sum(axis=1) / 2 + matrix[:, 2] - 0.5
-    return np.hstack([linear, shift[:, None]])
+    between = matrix.copy()
+    between[:, :2] *= np.asarray(pixel_px, matrix.dtype)
+    between[:, 2] += between[:, :2].sum(axis=1) / 2 - 0.5
+    return between
 
 
 def to_rgb(y: U8, u: U8, v: U8, color: Color) -> U8:

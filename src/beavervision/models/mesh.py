@@ -113,7 +113,14 @@ def fit_pose(points_px: F32) -> Pose:
     return Pose(rotation.astype(np.float32), scale, shift.astype(np.float32))
 
 
+def openings(points: F32) -> F32:
+    """The inner lip gaps (n,) of faces (n, 478, 3), any frame: means over the middle of the mouth, in mouth widths."""
+    gaps = points[:, INNER_UPPER[2:7], :2] - points[:, INNER_LOWER[2:7], :2]
+    widths = points[:, OUTER_CORNERS[0]] - points[:, OUTER_CORNERS[1]]
+    gap, width = np.sqrt((gaps**2).sum(axis=-1)).mean(axis=-1), np.sqrt((widths**2).sum(axis=-1))
+    return np.asarray(gap / np.maximum(width, 1e-6), np.float32)
+
+
 def opening(points: F32) -> float:
-    """The inner lip gap, the mean over the middle of the mouth, in mouth widths (any frame, any unit)."""
-    gap = np.linalg.norm(points[INNER_UPPER[2:7], :2] - points[INNER_LOWER[2:7], :2], axis=1).mean()
-    return float(gap / max(float(np.linalg.norm(points[OUTER_CORNERS[0]] - points[OUTER_CORNERS[1]])), 1e-6))
+    """The inner lip gap of one face (478, 3), as :func:`openings`."""
+    return float(openings(points[None])[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,14 @@ import numpy.typing as npt
 from beavervision.media import F32, U8, Picture, Region
 
 _GRID = 80  # cells along the longer side of a region, in which the triangles are found
+_MOVED_PX = 0.05  # less is no motion
+_STILL_PX = 1 / 64  # to which OpenCV rounds places
 _TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
 _REACH = 2  # cells around the mouth's opening in which its sides are told apart
+_STRIP_PX = 48  # height of the boxes in which pixels are moved, about
+
+_Indices = npt.NDArray[np.intp]
+_Box = tuple[slice, slice]  # rows and columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,35 +35,65 @@ class Opening:
     side: npt.NDArray[np.int8]
 
 
-def triangle_flow(
-    source_px: F32, target_px: F32, triangles: npt.NDArray[np.intp], opening: Opening, size: tuple[int, int]
-) -> tuple[F32, F32]:
-    """For each pixel of (width, height) `size`, the place to take it from, and the soft mask of what moves.
+@dataclass(frozen=True, slots=True, eq=False)
+class Flow:
+    """Where the samples of a region (h, w) come from.
+
+    luma (h, w) and chroma (h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of the
+    first. Luma outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
+    """
+
+    luma: tuple[F32, F32]
+    chroma: tuple[F32, F32]
+    moving: tuple[_Box, ...]
+    mask: U8
+
+
+def triangle_flow(source_px: F32, target_px: F32, triangles: _Indices, opening: Opening, size: tuple[int, int]) -> Flow:
+    """The flow over a region of (width, height) `size`, whose points (n, 2) shall come from `source_px` to `target_px`.
 
     Args:
-        source_px, target_px: (n, 2) where the points are and where they shall come to lie.
         triangles: (t, 3) into the points; of those that overlap the later covers the earlier.
         opening: of the mouth among the points.
-
-    Returns:
-        The places (h, w, 2), 0 being the middle of the first pixel, and the mask (h, w), 0 to 1.
     """
     step = max(1, round(max(size) / _GRID))
-    small = (-(-size[0] // step), -(-size[1] // step))
-    full = (small[0] * step, small[1] * step)
-    offset_px = source_px - target_px
-    moved = (np.abs(offset_px).max(axis=1) > 0.05)[triangles].any(axis=1)
-    triangles = triangles[moved]
-    coarse, owner = _raster(target_px[triangles] / np.float32(step), offset_px[triangles], small)
-    where = places_of(coarse, step)[: size[1], : size[0]]
-    if np.abs(offset_px[opening.upper] - offset_px[opening.lower]).max() > _TORN_PX:
+    columns, rows = (-(-side // step) for side in size)
+    target, offset = np.ascontiguousarray(target_px.T), np.ascontiguousarray((source_px - target_px).T)
+    moved = (np.abs(offset).max(axis=0) > _MOVED_PX)[triangles.T].any(axis=0)
+    offsets, owner = _raster(target / np.float32(step), offset, triangles[moved], (columns, rows))
+    x_px, y_px, *chroma = (
+        _places(offsets[1 - axis], step, 0, axis, pixel_px)[: size[1] // pixel_px, : size[0] // pixel_px]
+        for pixel_px in (1, 2)
+        for axis in (1, 0)
+    )
+    moving = np.abs(offsets).max(axis=0) > _STILL_PX
+    if np.abs(offset[:, opening.upper] - offset[:, opening.lower]).max() > _TORN_PX:
         side = np.append(opening.side[moved], np.int8(0))[owner]
-        _part(where, coarse, side, target_px[opening.upper], target_px[opening.lower], step)
+        cells = _part((x_px, y_px), offsets, side, target_px[opening.upper], target_px[opening.lower], step)
+        moving[cells] = True
+        box = tuple(slice(c.start * step // 2, c.stop * step // 2) for c in cells)
+        for places, half in zip((x_px, y_px), chroma, strict=True):
+            np.multiply(places[::2, ::2][box], np.float32(0.5), out=half[box])
+    moving = cv2.dilate(moving.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # places are interpolated
     # Half cells, for an edge that does not widen with them.
-    inside = cv2.resize((owner >= 0).astype(np.uint8), (2 * small[0], 2 * small[1]), interpolation=cv2.INTER_NEAREST)
+    owned = np.where(owner < 0, np.uint8(0), np.uint8(255))
+    inside = cv2.resize(owned, (2 * columns, 2 * rows), interpolation=cv2.INTER_NEAREST)
     soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)).astype(np.float32), (0, 0), 1.5)
-    mask = cv2.resize(soft, full, interpolation=cv2.INTER_LINEAR)[: size[1], : size[0]]
-    return where, np.asarray(mask, np.float32)
+    mask = cv2.resize(soft.astype(np.uint8), (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
+    mask = mask[: size[1], : size[0]]
+    return Flow((x_px, y_px), (chroma[0], chroma[1]), tuple(_boxes(moving, step)), np.asarray(mask, np.uint8))
+
+
+def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
+    """Few boxes of pixels that together hold the `moving` cells (h, w), of `step` pixels, and little else."""
+    rows, columns = moving.shape
+    high = max(1, round(_STRIP_PX / step))
+    strips = np.zeros((-(-rows // high) * high, columns + 2), np.int8)
+    strips[:rows, 1:-1] = moving
+    edges = np.diff(strips.reshape(-1, high, columns + 2).max(axis=1), axis=1)
+    begins, ends = np.argwhere(edges > 0).tolist(), np.argwhere(edges < 0).tolist()
+    for (strip, first), (_, end) in zip(begins, ends, strict=True):
+        yield np.s_[strip * high * step : (strip + 1) * high * step, first * step : end * step]
 
 
 def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
@@ -71,8 +109,8 @@ def places_of_cells(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> 
     """The same for the middles of the cells, and for one cell more on each side, (h + 2, w + 2, 2)."""
     cells: Any = cv2.copyMakeBorder(offsets_px, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # up to the edge, not the last middle
     rows, columns = cells.shape[:2]
-    cells[..., 0] += (np.arange(columns, dtype=np.float32) - np.float32(0.5)) * step + np.float32(left - 0.5)
-    cells[..., 1] += ((np.arange(rows, dtype=np.float32) - np.float32(0.5)) * step + np.float32(top - 0.5))[:, None]
+    cells[..., 0] += _middles(columns, step, left)
+    cells[..., 1] += _middles(rows, step, top)[:, None]
     return np.asarray(cells, np.float32)
 
 
@@ -83,94 +121,137 @@ def interpolated(cells: F32, step: int) -> F32:
     return np.asarray(fine[step:-step, step:-step], np.float32)
 
 
-def _raster(corners: F32, offsets_px: F32, size: tuple[int, int]) -> tuple[F32, npt.NDArray[np.intp]]:
-    """The offsets (h, w, 2) in the middles of (width, height) `size` cells, and the triangle that each belongs to, or -1.
+def _places(offsets_px: Any, step: int, first: int, axis: int, pixel_px: int = 1) -> F32:
+    """As :func:`places_of`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with them apart), and for
+    samples of `pixel_px` pixels, in such samples; for those of the cells and some to the right and below.
+    """
+    below, right = (pixel_px + side % pixel_px for side in offsets_px.shape)  # whole samples
+    cells: Any = cv2.copyMakeBorder(offsets_px, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE)
+    rows, columns = cells.shape
+    middles = _middles(cells.shape[axis], step, first, pixel_px)
+    cells = cells * np.float32(1 / pixel_px) + (middles if axis == 1 else middles[:, None])
+    size = (columns * step // pixel_px, rows * step // pixel_px)
+    return np.asarray(cv2.resize(cells, size, interpolation=cv2.INTER_LINEAR)[step:, step:], np.float32)
 
-    A cell belongs to the last of the triangles (t, 3, 2), whose corners are in cells, that has its middle, else to the last that
-    comes within half a cell of it. All rows of all triangles are looked at together.
+
+def _middles(count: int, step: int, first: int, pixel_px: int = 1) -> F32:
+    """Of so many cells of `step` pixels, in samples of `pixel_px`; so many of them lie before `first`."""
+    at_px = (np.arange(count, dtype=np.float32) + np.float32(0.5 - pixel_px)) * step + np.float32(first)
+    return at_px * np.float32(1 / pixel_px) - np.float32(0.5)
+
+
+def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, int]) -> tuple[F32, _Indices]:
+    """The offsets (2, h, w) in the middles of (width, height) `size` cells, and the triangle of each, or -1.
+
+    A cell belongs to the last of the `triangles` (t, 3) between the points (2, n), in cells, that has its middle, else
+    to the last that comes within half a cell of it. All rows of all triangles are looked at together.
     """
     width, height = size
-    corners = corners - np.float32(0.5)  # whole numbers are the middles of cells
-    a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
-    ab, ac = b - a, c - a
-    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
-    top, bottom = corners[..., 1].min(axis=1), corners[..., 1].max(axis=1)
-    first = np.maximum(np.ceil(top - 0.5), 0)
-    rows = np.minimum(np.floor(bottom + 0.5), height - 1) - first + 1
-    seen = np.flatnonzero((rows > 0) & (np.abs(area) > 1e-4))
-    rows = rows[seen].astype(np.intp)
-    # Each row of each triangle: where it enters and leaves it.
-    of = np.repeat(seen, rows)
-    row = _counted(rows) + first[of].astype(np.intp)
-    y = np.clip(row.astype(np.float32), top[of], bottom[of])
-    left, right = np.full(len(of), np.inf, np.float32), np.full(len(of), -np.inf, np.float32)
-    for p, q in ((a, b), (b, c), (c, a)):
-        rise = q[:, 1] - p[:, 1]
-        slope = (q[:, 0] - p[:, 0]) / np.where(rise == 0, np.float32(1), rise)
-        down = (y - p[of, 1]) * np.sign(rise)[of]
-        crosses = (down >= 0) & (down <= np.abs(rise)[of])
-        x = p[of, 0] + (y - p[of, 1]) * slope[of]
-        np.minimum(left, x, out=left, where=crosses)
-        np.maximum(right, x, out=right, where=crosses)
-    begin = np.maximum(np.ceil(left - 0.5), 0)
-    cells = np.maximum(np.minimum(np.floor(right + 0.5), width - 1) - begin + 1, 0).astype(np.intp)
+    # The points from the highest to the lowest, so that the numbers of a triangle's tell which is its highest.
+    order = np.argsort(points[1])
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    px, py = (along[order] - np.float32(0.5) for along in points)  # whole numbers are the middles of cells
+    one, two, three = number[triangles.T]
+    a, c = np.minimum(np.minimum(one, two), three), np.maximum(np.maximum(one, two), three)
+    b = one + two + three - a - c
+    ax, ay, bx, by, cy = px[a], py[a], px[b], py[b], py[c]
+    abx, aby, acx, acy = bx - ax, by - ay, px[c] - ax, cy - ay
+    area = abx * acy - aby * acx
+    first, rows = _reached(ay, cy, height)
+    rows[np.abs(area) <= 1e-4] = 0
+    # Each row of each triangle: where it enters and leaves it, on the edge from top to bottom and on one of the others.
+    of = np.repeat(np.arange(len(rows)), rows)
+    row = _counted(first, rows, of)
+    middle = row.astype(np.float32)
+    y = np.minimum(np.maximum(middle, ay[of]), cy[of])
+    below_b = y - by[of]
+    upper, lower, longest = abx / _over(aby), (acx - abx) / _over(acy - aby), acx / _over(acy)
+    edge = ax[of] + (y - ay[of]) * longest[of]
+    other = bx[of] + below_b * np.where(below_b < 0, upper[of], lower[of])
+    left, right = np.minimum(edge, other), np.maximum(edge, other)
+    begin, cells = _reached(left, right, width)
     at = np.repeat(np.arange(len(of)), cells)
-    x = begin[at] + _counted(cells)
-    held = np.clip(x, left[at], right[at])
-    place = row[at] * width + x.astype(np.intp)
-    inside = np.flatnonzero((held == x) & (y == row)[at])
+    x = _counted(begin, cells, at)
+    place = x + (row * width)[at]
+    enter, leave = np.ceil(left).astype(np.intp), np.floor(right).astype(np.intp)
+    leave[y != middle] = -1
+    inside = np.flatnonzero((x >= enter[at]) & (x <= leave[at]))
     # Of the triangles that come near a cell the last that has its middle counts, else the last.
     which = np.full(width * height, -1, np.intp)
     which[place] = np.arange(len(place))
     which[place[inside]] = inside
-    held_by = np.flatnonzero(which >= 0)
-    which = which[held_by]
-    at, held = at[which], held[which].astype(np.float32)
+    held = np.flatnonzero(which >= 0)
+    which = which[held]
+    at = at[which]
     owner = np.full(width * height, -1, np.intp)
-    owner[held_by] = mine = of[at]
+    owner[held] = mine = of[at]
     # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
-    e1, e2 = offsets_px[:, 1] - offsets_px[:, 0], offsets_px[:, 2] - offsets_px[:, 0]
-    area = np.where(area == 0, np.float32(1), area)[:, None]
-    across = (e1 * ac[:, 1:] - e2 * ab[:, 1:]) / area
-    along = (e2 * ab[:, :1] - e1 * ac[:, :1]) / area
-    from_a = np.stack([held, y[at]], axis=1) - a[mine]
-    found = np.zeros((width * height, 2), np.float32)
-    found[held_by] = offsets_px[mine, 0] + across[mine] * from_a[:, :1] + along[mine] * from_a[:, 1:]
-    return found.reshape(height, width, 2), owner.reshape(height, width)
+    from_x = np.minimum(np.maximum(x[which].astype(np.float32), left[at]), right[at]) - ax[mine]
+    from_y = (y - ay[of])[at]
+    found, area = np.zeros((2, width * height), np.float32), _over(area)
+    for values, offset in zip(found, offsets_px, strict=True):
+        offset = offset[order]
+        start = offset[a]
+        to_b, to_c = offset[b] - start, offset[c] - start
+        across, along = (to_b * acy - to_c * aby) / area, (to_c * abx - to_b * acx) / area
+        values[held] = start[mine] + across[mine] * from_x + along[mine] * from_y
+    return found.reshape(2, height, width), owner.reshape(height, width)
 
 
-def _counted(counts: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """0 to n - 1 for each n of `counts`, one after the other."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+def _reached(low: F32, high: F32, most: int) -> tuple[_Indices, _Indices]:
+    """The first of the whole numbers from 0 to `most` that come within a half of what lies between, and how many do."""
+    half = np.float32(0.5)
+    first = np.maximum(np.ceil(low - half), 0).astype(np.intp)
+    return first, np.maximum(np.minimum(np.floor(high + half).astype(np.intp) + 1, most) - first, 0)
 
 
-def _part(where: F32, coarse: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> None:
+def _counted(first: _Indices, counts: _Indices, of: _Indices) -> _Indices:
+    """From each `first` on so many whole numbers, one after the other; `of` tells to which each belongs."""
+    return np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
+
+
+def _over(values: F32) -> F32:
+    """To divide by."""
+    return np.where(values == 0, np.float32(1), values)
+
+
+def _part(
+    places: tuple[F32, F32], offsets_px: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int
+) -> _Box:
     """Let upper and lower lip each go on as they move (in place) over the opening, up to its middle: halfway between a cell of the
     one and a cell of the other pixels would be taken from what lay between the lips.
+
+    Returns the cells that this may have changed.
     """
     edges = np.concatenate([upper_px, lower_px[::-1]])
-    low = np.clip(np.floor(edges.min(axis=0) / step).astype(int) - 2 * _REACH, 0, side.shape[::-1])
-    high = np.clip(np.ceil(edges.max(axis=0) / step).astype(int) + 2 * _REACH, 0, side.shape[::-1])
-    if (high - low).min() < 1:
-        return
-    cells = np.s_[low[1] : high[1], low[0] : high[0]]
-    size = tuple(((high - low) * step).tolist())
-    origin = (low * step).astype(np.float32)
+    left, top = (max(math.floor(low / step) - 2 * _REACH, 0) for low in edges.min(axis=0).tolist())
+    right, bottom = (math.ceil(high / step) + 2 * _REACH for high in edges.max(axis=0).tolist())
+    right, bottom = min(right, side.shape[1]), min(bottom, side.shape[0])
+    cells = np.s_[top:bottom, left:right]
+    if left >= right or top >= bottom:
+        return cells
+    shape = ((bottom - top) * step, (right - left) * step)
+    origin = np.array([left * step, top * step], np.float32)
     middle = (upper_px + lower_px) / 2 - origin
     along = middle[-1] - middle[0]
     down = np.array([-along[1], along[0]])
     beyond = np.stack([middle[0] - along, middle[-1] + along])
-    below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), size[::-1])
+    below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), shape)
     reach = 2 * _REACH * step + 1
-    near = np.asarray(cv2.dilate(filled(edges - origin, size[::-1]), np.ones((reach, reach), np.uint8)), np.uint8)
-    box = where[low[1] * step : high[1] * step, low[0] * step : high[0] * step]
+    near = np.asarray(cv2.dilate(filled(edges - origin, shape), np.ones((reach, reach), np.uint8)), np.uint8)
+    boxes = [of[top * step : bottom * step, left * step : right * step] for of in places]
+    rows, columns = boxes[0].shape
     for one, here in ((1, near & ~below), (-1, near & below)):
         of_one = (side[cells] == one).astype(np.float32)
-        around = cv2.blur(cv2.merge([*cv2.split(coarse[cells]), np.ones_like(of_one)]) * of_one[..., None], (5, 5))
-        guess = around[..., :2] / np.maximum(around[..., 2:], np.float32(1e-6))
-        whole = np.where((of_one > 0)[..., None] | (around[..., 2:] <= 0), coarse[cells], guess)
-        fine = places_of(whole, step, *(low * step).tolist())[: box.shape[0], : box.shape[1]]
-        cv2.copyTo(np.ascontiguousarray(fine), here[: box.shape[0], : box.shape[1]], box)
+        share = cv2.blur(of_one, (5, 5))
+        own = (of_one > 0) | (share <= 0)
+        share = np.maximum(share, np.float32(1e-6))
+        for axis, first, of, box in ((1, left, offsets_px[0], boxes[0]), (0, top, offsets_px[1], boxes[1])):
+            whole = np.where(own, of[cells], cv2.blur(of[cells] * of_one, (5, 5)) / share)
+            fine = _places(whole, step, first * step, axis)
+            cv2.copyTo(fine[:rows, :columns], here[:rows, :columns], box)
+    return cells
 
 
 def filled(points: F32, shape: tuple[int, ...]) -> U8:
@@ -180,18 +261,17 @@ def filled(points: F32, shape: tuple[int, ...]) -> U8:
     return mask
 
 
-def warped(picture: Picture, region: Region, where: F32) -> tuple[U8, U8, U8]:
-    """The planes of `region`, each pixel taken from its place `where` (h, w, 2) in it: y (h, w), u and v (h/2, w/2).
+def warped(picture: Picture, region: Region, flow: Flow) -> tuple[U8, U8, U8]:
+    """The planes of `region`, each pixel taken from its place in it: y (h, w), u and v (h/2, w/2).
 
     Luma is interpolated cubically, chroma linearly.
     """
     y, u, v = picture.planes(region)
     edge = cv2.BORDER_REPLICATE
-    # OpenCV interpolates floats faster than bytes.
-    luma = cv2.remap(y.astype(np.float32), where, None, cv2.INTER_CUBIC, borderMode=edge)  # type: ignore[call-overload]
-    # Chroma sample i covers pixels 2i and 2i + 1; from one to the next the offset changes by less than chroma shows.
-    half = where[::2, ::2] * np.float32(0.5)
-    chroma = cv2.remap(cv2.merge([u, v]), half, None, cv2.INTER_LINEAR, borderMode=edge)  # type: ignore[call-overload]
-    moved_u, moved_v = cv2.split(chroma)
-    rounded = cv2.add(luma, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]
-    return np.asarray(rounded, np.uint8), np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)
+    luma, floats = y.copy(), y.astype(np.float32)  # OpenCV interpolates floats faster than bytes
+    x_px, y_px = flow.luma
+    for box in flow.moving:
+        moved = cv2.remap(floats, x_px[box], y_px[box], cv2.INTER_CUBIC, borderMode=edge)
+        cv2.add(moved, 0.0, dst=luma[box], dtype=cv2.CV_8U)  # type: ignore[call-overload]
+    moved_u, moved_v = (cv2.remap(plane, *flow.chroma, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))
+    return luma, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)

@@ -7,6 +7,7 @@ painted, by a small network that sees the warped surroundings and a reference mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -21,7 +22,6 @@ from beavervision.media import (
     U8,
     Clip,
     Color,
-    Face,
     Heard,
     Net,
     Patch,
@@ -59,6 +59,7 @@ _LEAST_SHOWN = 0.08  # gap of the most open mouth, in eye distances, from which 
 _IMAGINED_GAP = 0.16  # of one that stands in for it
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
 _RING = 1.28  # how far around the mouth's centre the still frame of the warp lies, against the jaw line
+_MARGIN_PX = 4.0  # around what the warp may move
 _PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
 _PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
 _LOWER_MIDDLE = slice(14, 17)  # of mesh.INNER_LIP
@@ -153,40 +154,55 @@ class BeaverSync:
     def draw(self, clip: Clip, motion: F32) -> Clip:
         """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
         assert clip.track is not None
-        drawings: list[_Drawing | None] = []
-        for picture, face, strength, wanted in zip(
-            clip.frames.pictures, clip.track.faces, clip.track.strength, motion, strict=True
-        ):
-            shown = face is not None and strength > 0
-            drawings.append(self._warp(picture, face, wanted, float(strength)) if shown and face else None)
+        track = clip.track
+        drawings: list[_Drawing | None] = [None] * len(clip)
+        opening = np.zeros(len(clip), np.float32)
+        faces = [(i, face) for i, face in enumerate(track.faces) if face is not None and track.strength[i] > 0]
+        if faces:
+            at, points = [i for i, _ in faces], np.stack([face.points_px for _, face in faces])
+            poses = [fit_pose(face_px) for face_px in points]
+            targets = self._targets(points, poses, motion[at], track.strength[at])
+            framed = _topology(_LOWER_POINTS).framed(points, targets)
+            for i, pose, face_px, opens, source_px, target_px, corners_px in zip(
+                at, poses, targets, mesh.openings(targets), *framed, strict=True
+            ):
+                picture, strength = clip.frames.pictures[i], float(track.strength[i])
+                region = Region.around(corners_px, _MARGIN_PX, picture.width_px, picture.height_px)
+                if region is not None:
+                    drawings[i] = _Drawing.of(picture, region, source_px, target_px, face_px, pose, strength)
+                    opening[i] = opens
         self._paint([d for d in drawings if d is not None])
         return replace(
             clip,
             patches=tuple((d.patch(),) if d is not None else () for d in drawings),
-            opening=np.array([d.opening if d is not None else 0.0 for d in drawings], np.float32),
+            opening=opening,
             drawn=tuple(d.target if d is not None else None for d in drawings),
         )
 
     def shown(self, clip: Clip) -> F32:
         """The motion (n, k) that the mouths of a tracked clip show themselves; 0 where there is no face."""
         assert clip.track is not None
-        nothing = np.zeros(len(self._basis.shapes), np.float32)
-        return np.stack([nothing if f is None else self._has(f, fit_pose(f.points_px)) for f in clip.track.faces])
+        found = np.zeros((len(clip), len(self._basis.shapes)), np.float32)
+        seen = [i for i, face in enumerate(clip.track.faces) if face is not None]
+        if seen:
+            points = np.stack([face.points_px for face in clip.track.faces if face is not None])
+            found[seen] = self._has(points, [fit_pose(face_px) for face_px in points])
+        return found
 
-    def _has(self, face: Face, pose: Pose) -> F32:
+    def _has(self, points_px: F32, poses: Sequence[Pose]) -> F32:
+        """The motion (n, k) that the mouths of faces (n, 478, 3) show."""
         points = self._basis.points
-        return self._basis.coefficients(pose.to_face(face.points_px)[points] - self._profile.rest[points])
+        faces = np.stack([pose.to_face(face) for pose, face in zip(poses, points_px[:, points], strict=True)])
+        return self._basis.coefficients(faces - self._profile.rest[points])
 
-    def _warp(self, picture: Picture, face: Face, wanted: F32, strength: float) -> _Drawing | None:
-        """Move the picture's own pixels; the opening is left for the painter."""
-        points = self._basis.points
-        pose = fit_pose(face.points_px)
-        has = self._has(face, pose)
-        move = pose.vector_to_picture(self._basis.displacement((wanted - has) * strength))
-        target = face.points_px.copy()
-        target[points] += move
-        _part_lips(target)
-        return _Drawing.of(picture, face.points_px, target, pose, strength)
+    def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
+        """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at a `strength` (n,)."""
+        moves = self._basis.displacement((wanted - self._has(points_px, poses)) * strength[:, None])
+        targets = points_px.copy()
+        moves_px = [pose.vector_to_picture(move) for pose, move in zip(poses, moves, strict=True)]
+        targets[:, self._basis.points] += np.stack(moves_px)
+        _part_lips(targets)
+        return targets
 
     def _paint(self, drawings: Sequence[_Drawing]) -> None:
         shown = [(d, *d.shown(self._reference)) for d in drawings if d.hole_area() > _MIN_HOLE_PX]
@@ -230,23 +246,24 @@ def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
     opens = basis.opening * np.float32(_IMAGINED_GAP / (basis.opening @ basis.opening))
     target = source.copy()
     target[basis.points] += pose.vector_to_picture(basis.displacement(basis.closing(pose.to_face(source)) + opens))
-    drawing = _Drawing.of(picture, source, target, pose, 1.0)
-    if drawing is None:
+    (source_px,), (target_px,), (corners_px,) = _topology(_LOWER_POINTS).framed(source[None], target[None])
+    box = Region.around(corners_px, _MARGIN_PX, region.width_px, region.height_px)
+    if box is None:
         return None
+    drawing = _Drawing.of(picture, box, source_px, target_px, target, pose, 1.0)
     drawing.imagine()
     opened = picture.painted((drawing.patch(),)).rgb(Region(0, 0, region.width_px, region.height_px))
     return Reference(region, opened, replace(reference.face, points_px=target + origin))
 
 
 def _part_lips(points_px: F32) -> None:
-    """Where the lower lip came above the upper, let them meet halfway (in place)."""
-    upper, lower = points_px[mesh.INNER_UPPER], points_px[mesh.INNER_LOWER]
-    down = points_px[152, :2] - points_px[1, :2]
-    down /= max(float(np.linalg.norm(down)), 1e-6)
-    crossed = ((lower[:, :2] - upper[:, :2]) @ down) < 0
-    middle = (upper[crossed] + lower[crossed]) / 2
-    points_px[mesh.INNER_UPPER[crossed]] = middle
-    points_px[mesh.INNER_LOWER[crossed]] = middle
+    """Where the lower lip of faces (n, 478, 3) came above the upper, let them meet halfway (in place)."""
+    upper, lower = points_px[:, mesh.INNER_UPPER], points_px[:, mesh.INNER_LOWER]
+    down = points_px[:, 152, :2] - points_px[:, 1, :2]
+    crossed = ((lower - upper)[..., :2] @ down[..., None]) < 0
+    middle = (upper + lower) / 2
+    points_px[:, mesh.INNER_UPPER] = np.where(crossed, middle, upper)
+    points_px[:, mesh.INNER_LOWER] = np.where(crossed, middle, lower)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,6 +275,16 @@ class _Topology:
     jaw: npt.NDArray[np.intp]
     used: npt.NDArray[np.intp]  # the points that the triangles have
     normals: F32  # (t, 3), of the average face's triangles, in the pose-free frame; 0 for the ring's
+
+    def framed(self, source_px: F32, target_px: F32) -> tuple[F32, F32, F32]:
+        """Where the points of the triangles are and shall come to lie (n, p, 2), of faces (n, 478, 3), and the corners
+        of the boxes that hold them (n, 2, 2).
+        """
+        centre = source_px[:, mesh.OUTER_CORNERS, :2].mean(axis=1, keepdims=True)
+        frame = centre + _RING * (source_px[:, self.jaw, :2] - centre)
+        source, target = (np.concatenate([points[..., :2], frame], axis=1) for points in (source_px, target_px))
+        both = np.concatenate([source[:, self.used], target[:, self.used]], axis=1)
+        return source, target, np.stack([both.min(axis=1), both.max(axis=1)], axis=1)
 
     def facing(self, pose: Pose) -> tuple[npt.NDArray[np.intp], Opening]:
         """The triangles without those that a head so turned hides: they would cover what is before them with pixels from afar.
@@ -295,57 +322,52 @@ def _topology(points: tuple[int, ...]) -> _Topology:
 class _Drawing:
     """One picture's lower face on its way: warped, then filled, then a patch."""
 
-    __slots__ = ("_color", "_hole", "_mask", "_planes", "_pose", "_region", "opening", "target")
+    __slots__ = ("_color", "_hole", "_hole_in", "_mask", "_planes", "_region", "_soft", "_to_crop", "target")
 
     def __init__(
-        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, hole: U8, target: F32, pose: Pose
+        self, region: Region, planes: tuple[U8, U8, U8], color: Color, mask: U8, target: F32, pose: Pose
     ) -> None:
-        self._region, self._planes, self._color, self._mask, self._hole = region, planes, color, mask, hole
-        self.target, self._pose = target, pose
-        self.opening = mesh.opening(target)
+        self._region, self._planes, self._color, self._mask = region, planes, color, mask
+        self.target = target
+        self._to_crop = _crop_matrix(pose)
+        # The opening, where in the region it lies, and room for its edge to be softened.
+        self._soft = max(0.6, pose.scale_px / 110)
+        lips = target[mesh.INNER_LIP, :2] - np.array([region.x_px, region.y_px], np.float32)
+        reach = round(3 * self._soft) + 1
+        self._hole_in = Region.around(lips, reach, region.width_px, region.height_px) or Region(0, 0, 2, 2)
+        corner = np.array([self._hole_in.x_px, self._hole_in.y_px], np.float32)
+        self._hole = _polygon(lips - corner, (self._hole_in.width_px, self._hole_in.height_px))
 
     @classmethod
-    def of(cls, picture: Picture, source_px: F32, target_px: F32, pose: Pose, strength: float) -> _Drawing | None:
-        """Warp the lower face of `picture` so that `source_px` (478, 3) come to lie at `target_px`; None outside of it."""
-        topology = _topology(_LOWER_POINTS)
-        centre = source_px[[61, 291], :2].mean(axis=0)
-        frame = centre + _RING * (source_px[topology.jaw, :2] - centre)
-        source = np.concatenate([source_px[:, :2], frame])
-        target = np.concatenate([target_px[:, :2], frame])
-        region = Region.around(
-            np.concatenate([source[topology.used], target[topology.used]]), 4.0, picture.width_px, picture.height_px
-        )
-        if region is None:
-            return None
+    def of(
+        cls, picture: Picture, region: Region, source_px: F32, target_px: F32, face_px: F32, pose: Pose, strength: float
+    ) -> _Drawing:
+        """Warp a `region` of `picture` so that its face comes to lie at `face_px` (478, 3). source_px and target_px
+        (p, 2) are those of :meth:`_Topology.framed`.
+        """
         origin = np.array([region.x_px, region.y_px], np.float32)
+        triangles, opening = _topology(_LOWER_POINTS).facing(pose)
         size = (region.width_px, region.height_px)
-        where, mask = triangle_flow(source - origin, target - origin, *topology.facing(pose), size)
-        planes = warped(picture, region, where)
-        hole = _polygon(target_px[mesh.INNER_LIP, :2] - origin, size)
-        alpha = (mask * np.float32(255 * min(1.0, strength))).astype(np.uint8)
-        return cls(region, planes, picture.color, alpha, hole, target_px, pose)
+        flow = triangle_flow(source_px - origin, target_px - origin, triangles, opening, size)
+        mask = flow.mask if strength >= 1 else np.asarray(cv2.convertScaleAbs(flow.mask, alpha=strength), np.uint8)
+        return cls(region, warped(picture, region, flow), picture.color, mask, face_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
-        return cv2.sumElems(self._hole)[0] / 255 * (_PAINT_SCALE / self._pose.scale_px) ** 2
-
-    def _to_crop(self, top: int) -> F32:
-        """(2, 3): pixels of the region to the painter's crop from its row `top` on."""
-        matrix = _crop_matrix(self._pose)
-        matrix[:, 2] += matrix[:, :2] @ [self._region.x_px, self._region.y_px] - [0, top]
-        return matrix
+        return cv2.sumElems(self._hole)[0] / 255 * float((self._to_crop[0, :2] ** 2).sum())
 
     def shown(self, reference: _ReferenceMouth) -> tuple[F32, int]:
         """What the painter has to see, (12, h, 96): the blanked crop, the opening, the reference, and that moved with the jaw; and
         which row of the crop it begins at.
         """
-        lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
+        lips = _apply(self._to_crop, self.target[mesh.INNER_LIP, :2])
         hole = _polygon(lips, PAINT_SIZE, grow_px=0.8)
         rows = painted_rows(hole)
         hole = hole[rows]
         layers = np.empty((12, *hole.shape), np.float32)
-        _view(self._planes, self._color, self._to_crop(rows.start), layers[:3])
-        layers[:3, cv2.dilate(hole, np.ones((3, 3), np.uint8)) > 2] = 0
+        to_crop = _seen_from(self._to_crop, self._region.x_px, self._region.y_px, rows.start)
+        _view(self._planes, self._color, to_crop, layers[:3])
+        layers[:3] *= cv2.dilate(hole, np.ones((3, 3), np.uint8)) <= 2
         np.multiply(hole, np.float32(1 / 255), out=layers[3])
         layers[4:8] = reference.layers[:, rows]
         reference.move(lips[_LOWER_MIDDLE].mean(axis=0), rows, layers[8:])
@@ -353,34 +375,31 @@ class _Drawing:
 
     def fill(self, painted: F32, top: int) -> None:
         """Lay what was painted, (3, h, 96) from the crop's row `top` on, into the opening."""
-        soft = max(0.6, self._pose.scale_px / 110)
-        x, y, width, height = cv2.boundingRect(self._hole)
-        reach = round(3 * soft)
-        x0, y0 = max(x - reach, 0) // 2 * 2, max(y - reach, 0) // 2 * 2
-        x1, y1 = min(x + width + reach, self._hole.shape[1]), min(y + height + reach, self._hole.shape[0])
-        x1, y1 = x1 + x1 % 2, y1 + y1 % 2
-        alpha = cv2.GaussianBlur(self._hole[y0:y1, x0:x1].astype(np.float32) * np.float32(1 / 255), (0, 0), soft)
-        yuv = cv2.transform(np.ascontiguousarray(painted.transpose(1, 2, 0)) * 255, self._color.to_yuv())
-        to_crop = self._to_crop(top)
-        to_crop[:, 2] += to_crop[:, :2] @ [x0, y0]
-        for plane, values, pixel_px in zip(self._planes, cv2.split(yuv), (1, 2, 2), strict=True):
-            box = np.s_[y0 // pixel_px : y1 // pixel_px, x0 // pixel_px : x1 // pixel_px]
-            size = plane[box].shape[::-1]
-            part = alpha if pixel_px == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_AREA)
-            inside = cv2.warpAffine(
-                values,
-                between_pixels(to_crop, (pixel_px, pixel_px)),
-                size,
-                flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-                borderMode=cv2.BORDER_REPLICATE,
-            )
-            plane[box] = np.clip(plane[box] * (1 - part) + inside * part + 0.5, 0, 255).astype(np.uint8)
+        alpha = cv2.GaussianBlur(self._hole.astype(np.float32) * np.float32(1 / 255), (0, 0), self._soft)
+        alpha_c = cv2.resize(alpha, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        _, to_yuv = _color_maps(self._color)
+        yuv = (255 * to_yuv[:, :3]) @ painted.reshape(3, -1) + to_yuv[:, 3:]
+        x, y = self._region.x_px + self._hole_in.x_px, self._region.y_px + self._hole_in.y_px
+        to_crop = _seen_from(self._to_crop, x, y, top)
+        (luma, chroma), half = self._hole_in.slices, between_pixels(to_crop, (2, 2))
+        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+        for plane, box, values, share, matrix in zip(
+            self._planes,
+            (luma, chroma, chroma),
+            yuv.reshape(painted.shape),
+            (alpha, alpha_c, alpha_c),
+            (between_pixels(to_crop), half, half),
+            strict=True,
+        ):
+            inside = cv2.warpAffine(values, matrix, share.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+            change = (inside - plane[box]) * share
+            cv2.add(plane[box], change, dst=plane[box], dtype=cv2.CV_8U)
 
     def imagine(self) -> None:
         """Lay into the opening what it may look like."""
-        lips = _apply(_crop_matrix(self._pose), self.target[mesh.INNER_LIP, :2])
+        lips = _apply(self._to_crop, self.target[mesh.INNER_LIP, :2])
         rgb = np.empty((3, *PAINT_SIZE[::-1]), np.float32)
-        _view(self._planes, self._color, self._to_crop(0), rgb)
+        _view(self._planes, self._color, _seen_from(self._to_crop, self._region.x_px, self._region.y_px, 0), rgb)
         self.fill(inside(lips, rgb, _polygon(lips, PAINT_SIZE)), 0)
 
     def patch(self) -> Patch:
@@ -399,13 +418,20 @@ def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> U8:
 
 def _crop_matrix(pose: Pose) -> F32:
     """(2, 3): picture pixels to the painter's crop, upright and at a fixed scale."""
-    turn = float(np.arctan2(pose.rotation[1, 0], pose.rotation[0, 0]))
+    turn = math.atan2(pose.rotation[1, 0], pose.rotation[0, 0])
     scale = _PAINT_SCALE / pose.scale_px
-    cos, sin = np.cos(turn) * scale, np.sin(turn) * scale
-    linear = np.array([[cos, sin], [-sin, cos]], np.float32)
-    centre = pose.to_picture(_PAINT_CENTRE)[:2]
-    shift = np.array([PAINT_SIZE[0] / 2, PAINT_SIZE[1] / 2]) - linear @ centre
-    return np.hstack([linear, shift[:, None]]).astype(np.float32)
+    cos, sin = math.cos(turn) * scale, math.sin(turn) * scale
+    x, y, _ = pose.to_picture(_PAINT_CENTRE).tolist()
+    right, down = PAINT_SIZE[0] / 2 - cos * x - sin * y, PAINT_SIZE[1] / 2 + sin * x - cos * y
+    return np.array([[cos, sin, right], [-sin, cos, down]], np.float32)
+
+
+def _seen_from(to_crop: F32, x_px: int, y_px: int, top: int) -> F32:
+    """A crop's matrix (2, 3) for pixels of a box with its corner at (x_px, y_px), to the crop from its row `top` on."""
+    seen = to_crop.copy()
+    seen[:, 2] = to_crop @ np.array([x_px, y_px, 1], np.float32)
+    seen[1, 2] -= top
+    return seen
 
 
 def _apply(matrix: F32, points: F32) -> F32:
@@ -414,17 +440,36 @@ def _apply(matrix: F32, points: F32) -> F32:
 
 def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> None:
     """Fill `rgb` (3, h, w), 0..1, with a region's planes through `matrix` (continuous coordinates)."""
-    shrink = float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    shrink = math.hypot(matrix[0, 0], matrix[1, 0])
+    size, edge = rgb.shape[:0:-1], cv2.BORDER_REPLICATE
     views = []
     for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
-        if shrink * pixel_px < 0.6:
-            plane = np.asarray(cv2.GaussianBlur(plane, (0, 0), 0.35 / (shrink * pixel_px)), np.uint8)
         to_crop = between_pixels(matrix, (pixel_px, pixel_px))
-        views.append(
-            cv2.warpAffine(plane, to_crop, rgb.shape[:0:-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        )
-    for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), color.to_rgb())), strict=True):
+        if shrink * pixel_px < 0.6:
+            plane, to_crop = _smoothed(plane, to_crop, size, 0.35 / (shrink * pixel_px))
+        views.append(cv2.warpAffine(plane, to_crop, size, flags=cv2.INTER_LINEAR, borderMode=edge))
+    to_rgb, _ = _color_maps(color)
+    for layer, values in zip(rgb, cv2.split(cv2.transform(cv2.merge(views), to_rgb)), strict=True):
         np.multiply(values, np.float32(1 / 255), out=layer)
+
+
+def _smoothed(plane: U8, to_crop: F32, size: tuple[int, ...], sigma: float) -> tuple[U8, F32]:
+    """What a crop of (width, height) `size` shows of a plane, blurred, and its matrix, made from that of the plane."""
+    corners = np.array([[0, size[0], 0, size[0]], [0, 0, size[1], size[1]], [1, 1, 1, 1]], np.float32)
+    x, y = cv2.invertAffineTransform(to_crop) @ corners
+    reach = 4 * sigma + 2
+    (left, right), (top, bottom) = (
+        [min(max(int(edge), 0), side - 1) for edge in (along.min() - reach, along.max() + reach)]
+        for along, side in zip((x, y), plane.shape[::-1], strict=True)
+    )
+    part = plane[top : bottom + 1, left : right + 1]
+    return np.asarray(cv2.GaussianBlur(part, (0, 0), sigma), np.uint8), _seen_from(to_crop, left, top, 0)
+
+
+@cache
+def _color_maps(color: Color) -> tuple[F32, F32]:
+    """To RGB and back."""
+    return color.to_rgb(), color.to_yuv()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
