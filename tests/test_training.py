@@ -21,7 +21,16 @@ from onnx import helper, numpy_helper
 from beavervision.media import Heard
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
-from beavervision.models.nets.beaver import HEARS, MEL_PER_STEP, MotionHead, MotionNet, PainterNet, SoundNet, beginning
+from beavervision.models.nets.beaver import (
+    FEATURES,
+    HEARS,
+    MEL_PER_STEP,
+    MotionHead,
+    MotionNet,
+    PainterNet,
+    SoundNet,
+    beginning,
+)
 from beavervision.models.nets.sync import SyncScorer
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import SOUND_RMS
@@ -186,7 +195,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     lessons.write_lessons(taught, data / "taught.npz")
     spoken = voices.load(data / "voices.npz")
     options = motion.Options(
-        heads=("words", f"words+phones{motion.PLAIN}"),
+        heads=("words", f"phones+rows{motion.PLAIN}"),
         iterations=2,
         batch=2,
         synthetic=2,
@@ -227,6 +236,23 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     told, states = OnnxNet(out / "beaver_motion.onnx")(rows, state)
     assert told.shape == (1, 7, motion.BASIS_SIZE)
     assert states.shape == (1, 7 + MotionHead.context_steps, 128)
+
+
+def test_a_head_for_shapes_tells_nothing_of_the_opening(basis: MotionBasis) -> None:
+    torch.manual_seed(0)
+    readout = motion.Readout.of(basis)
+    kinds = ("words+phones", "words", "phones+rows")
+    heads = [MotionHead(len(basis.shapes), 16, hears=kind).eval() for kind in kinds]
+    features = torch.randn(2, FEATURES, 20 + MotionHead.context_steps)
+    with torch.no_grad():
+        apart = [head(features) for head in heads]
+        motion.share_out(heads, [False, False, True], readout)
+        told = torch.stack([head(features) for head in heads]).mean(dim=0)
+    opening = sum(apart[:2]) / 2 @ readout.gap
+    assert torch.allclose(told @ readout.gap, opening, atol=1e-4)
+    all_else = (apart[0] + apart[1] + 2 * apart[2]) / 4
+    opens = readout.gap / readout.gap.square().sum()
+    assert torch.allclose(told, all_else + (opening - all_else @ readout.gap)[..., None] * opens, atol=1e-4)
 
 
 def test_recordings_of_one_voice_are_heard_one_after_the_other(tmp_path: Path) -> None:
@@ -364,6 +390,7 @@ def test_the_published_layers_are_taken_over(tmp_path: Path) -> None:
         ((told,), _) = net.raw(torch.from_numpy(rows), beginning(1))
     (wanted,) = OnnxNet(path)(rows[:, None, 1:-1, :32])
     assert np.abs(told[:384].numpy() - wanted[0].transpose(0, 2, 1).reshape(384, -1)).max() < 1e-3
+    assert np.array_equal(told[512:, 3].numpy(), rows[0, net.extra_rows + 6 : net.extra_rows + 8].ravel())
     with pytest.raises(SystemExit, match="openwakeword"):
         sound.published(tmp_path / "elsewhere")
 

@@ -84,12 +84,14 @@ _BEFORE_STEPS = 20  # of silence that is heard before and after each sound
 _PIECE = 250  # steps that are varied alike
 _PLAIN = 0.15  # how often a sound is taken as it is
 PLAIN = "/plain"  # after what a head hears: it takes every sound as it is
+SHAPES = "phones+rows"  # who hears these follows the width of a mouth better than others do, and its opening worse,
+_SHAPES_SHARE = 2.0  # and so tells nothing of the opening and counts so much in all else
 _STILL_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heard:
-    """Features (m, 512) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
+    """Features (m, 640) of one sound, in half precision; the last row that each is told from is at `first` + i * `tempo` steps."""
 
     features: npt.NDArray[np.float16]
     first: float
@@ -181,7 +183,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taken:
-    """Features (b, 512, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
+    """Features (b, 640, WINDOW + context), values (b, WINDOW, columns), weights and classes (b, WINDOW)."""
 
     features: Tensor
     values: Tensor
@@ -348,7 +350,7 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", "words")  # what each hears
+    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", "words", f"{SHAPES}{PLAIN}")  # what each hears
     iterations: int = 1000
     batch: int = 12
     synthetic: int = 6
@@ -392,7 +394,7 @@ class Material:
     clips: list[Sound]
     said: list[Sound]
     recorded: list[Sound]
-    noise: Tensor  # features (b, 512, WINDOW + context) of sound in which nobody speaks
+    noise: Tensor  # features (b, 640, WINDOW + context) of sound in which nobody speaks
 
     @classmethod
     def of(
@@ -485,8 +487,10 @@ def train(
     options: Options,
     machine: Machine = CPU,
 ) -> MotionNet:
-    """The heads, which learn apart; what they say together is brought to the size of the clips' motion."""
+    """The heads, which learn apart and tell what they follow well; what they say together is brought to the size of the clips'
+    motion."""
     heads = [train_head(material, readout, options, i, machine) for i in range(len(options.heads))]
+    share_out(heads, [kind.startswith(SHAPES) for kind in options.heads], readout)
     net = MotionNet(sound, heads).eval()
     amount = gain(net, motions, readout)
     with torch.no_grad():
@@ -495,6 +499,24 @@ def train(
                 tensor.mul_(amount)
     print(f"gain {amount:.2f}")
     return net
+
+
+def share_out(heads: Sequence[MotionHead], shapes: Sequence[bool], readout: Readout) -> None:
+    """Weight the last layers (in place) so that those heads which `shapes` names tell nothing of the opening, and more than the
+    others of all else; the mean over all is then right for both."""
+    others = shapes.count(False)
+    if others in (0, len(heads)):
+        return
+    opening = (
+        torch.outer(readout.gap, readout.gap) / readout.gap.square().sum()
+    )  # of a motion, the part that opens the mouth
+    rest = torch.eye(len(opening)) - opening
+    count = len(heads) / (others + _SHAPES_SHARE * (len(heads) - others))
+    with torch.no_grad():
+        for head, shaped in zip(heads, shapes, strict=True):
+            tells = _SHAPES_SHARE * count * rest if shaped else count * rest + len(heads) / others * opening
+            head.leave.weight.copy_(torch.einsum("ij,jkl->ikl", tells, head.leave.weight))
+            head.leave.bias.copy_(tells @ head.leave.bias)
 
 
 def predict(net: MotionNet, rows: F32) -> F32:

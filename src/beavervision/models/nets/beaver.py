@@ -17,9 +17,14 @@ from beavervision.models.beaver import PHONE_FEATURES
 MEL_BINS = 64
 MEL_PER_STEP = 2  # mel rows (10 ms) for each motion step (20 ms)
 STEPS_HZ = 50
-WORD_FEATURES = 384
-FEATURES = WORD_FEATURES + PHONE_FEATURES  # of the sound, for each step
-HEARS = {"words": WORD_FEATURES, "words+phones": FEATURES}  # so many of the first of them a head hears
+WORD_FEATURES, ROW_FEATURES = 384, MEL_PER_STEP * MEL_BINS
+FEATURES = WORD_FEATURES + PHONE_FEATURES + ROW_FEATURES  # of the sound, for each step
+# What a head may hear of them, known by how many they are.
+HEARS = {
+    "words": slice(0, WORD_FEATURES),
+    "words+phones": slice(0, WORD_FEATURES + PHONE_FEATURES),
+    "phones+rows": slice(WORD_FEATURES, FEATURES),
+}
 
 _FEWER_BINS = 32
 _PHONE_BINS, _PHONE_ROWS = 80, 6
@@ -30,15 +35,15 @@ _DILATIONS = (1, 2, 4, 1)  # of a head's layers
 
 class SoundNet(nn.Module):
     """What each step hears: the features of two published networks, which learned in very many voices and rooms to tell spoken
-    words and phones apart.
+    words and phones apart, and plain rows.
 
     Words: the first seven layers of Google's speech embedding (Lin et al., 2020, arXiv:2002.01322), 48 channels of 8 bands; its
     own 32 mel bands are told from three of our rows. Phones: the state of a gated recurrent layer (Cho et al., 2014), the first
     one forward in time of the phone recogniser of snfa; its own 80 mel bands are told from six of our rows.
 
     Input: rows (batch, 2 * n + :attr:`extra_rows`, 64), and the state (batch, 128) after the step before the first, 0 at the
-    beginning. Output: features (batch, 384 + 128, n), about 0 and 1 in mean and deviation while somebody speaks, told from 16
-    rows, and from six and those before them; the last row is the same. Then the states (batch, n, 128).
+    beginning. Output: features (batch, 384 + 128 + 128, n), about 0 and 1 in mean and deviation while somebody speaks, told from
+    16 rows, from six and those before them, and from two; the last row is the same. Then the states (batch, n, 128).
     """
 
     extra_rows = 14
@@ -75,7 +80,8 @@ class SoundNet(nn.Module):
         words = functional.max_pool2d(x, (1, 2)).transpose(2, 3).flatten(1, 2)
         bands = self.phone_bands(rows[:, self.extra_rows + MEL_PER_STEP - _PHONE_ROWS :].transpose(1, 2))
         states: Tensor = self.phones(bands.transpose(1, 2), state[None])[0]
-        return torch.cat([words, states.transpose(1, 2)], dim=1), states
+        plain = rows[:, self.extra_rows :].reshape(rows.shape[0], -1, ROW_FEATURES).transpose(1, 2)
+        return torch.cat([words, states.transpose(1, 2), plain], dim=1), states
 
 
 def beginning(count: int) -> Tensor:
@@ -98,7 +104,7 @@ def _bent(x: Tensor) -> Tensor:
 class MotionHead(nn.Module):
     """Dilated temporal convolutions (van den Oord et al., 2016) from what :class:`SoundNet` tells to mouth motion.
 
-    Input (batch, 512, n + :attr:`context_steps`), of which it hears what `hears`, of :data:`HEARS`, names; output
+    Input (batch, 640, n + :attr:`context_steps`), of which it hears what `hears`, of :data:`HEARS`, names; output
     (batch, n, outputs).
     """
 
@@ -116,13 +122,13 @@ class MotionHead(nn.Module):
         super().__init__()
         self.heard = HEARS[hears]
         self.dropout = nn.Dropout(feature_dropout)
-        self.enter = nn.Conv1d(self.heard, channels, 1)
+        self.enter = nn.Conv1d(self.heard.stop - self.heard.start, channels, 1)
         self.blocks = nn.ModuleList(_Block(channels, d, dropout) for d in _DILATIONS)
         self.leave = nn.Conv1d(channels, outputs, 1)
 
     def listen(self, features: Tensor) -> Tensor:
         """What the last layer reads: (batch, channels, n)."""
-        x: Tensor = self.enter(self.dropout(features[:, : self.heard]))
+        x: Tensor = self.enter(self.dropout(features[:, self.heard]))
         for block in self.blocks:
             x = block(x)
         return x
@@ -151,7 +157,7 @@ class MotionNet(nn.Module):
         """The network that fits the tensors of a saved one."""
         enters = [state[name] for name in sorted(state) if name.startswith("heads.") and name.endswith(".enter.weight")]
         outputs = len(state["heads.0.leave.bias"])
-        by_size = {size: name for name, size in HEARS.items()}
+        by_size = {heard.stop - heard.start: name for name, heard in HEARS.items()}
         heads = [MotionHead(outputs, len(e), hears=by_size[e.shape[1]]) for e in enters]
         net = cls(SoundNet(), heads)
         net.load_state_dict(dict(state))
