@@ -515,8 +515,8 @@ def share_out(heads: Sequence[MotionHead], shapes: Sequence[bool], readout: Read
     with torch.no_grad():
         for head, shaped in zip(heads, shapes, strict=True):
             tells = _SHAPES_SHARE * count * rest if shaped else count * rest + len(heads) / others * opening
-            head.leave.weight.copy_(torch.einsum("ij,jkl->ikl", tells, head.leave.weight))
-            head.leave.bias.copy_(tells @ head.leave.bias)
+            for tensor in head.leave.parameters():
+                tensor.copy_(torch.tensordot(tells, tensor, dims=1))
 
 
 def predict(net: MotionNet, rows: F32) -> F32:
