@@ -192,13 +192,19 @@ class BeaverSync:
     def _has(self, points_px: F32, poses: Sequence[Pose]) -> F32:
         """The motion (n, k) that the mouths of faces (n, 478, 3) show."""
         points = self._basis.points
-        faces = np.stack([pose.to_face(face) for pose, face in zip(poses, points_px[:, points], strict=True)])
-        return self._basis.coefficients(faces - self._profile.rest[points])
+        rest = self._profile.rest[points]
+        # Face by face: a product of matrices rounds differently for other numbers of them.
+        found = [
+            self._basis.coefficients(pose.to_face(face) - rest)
+            for pose, face in zip(poses, points_px[:, points], strict=True)
+        ]
+        return np.stack(found)
 
     def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
         """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at a `strength` (n,)."""
-        moves = self._basis.displacement((wanted - self._has(points_px, poses)) * strength[:, None])
+        changes = (wanted - self._has(points_px, poses)) * strength[:, None]
         targets = points_px.copy()
+        moves = [self._basis.displacement(change) for change in changes]
         moves_px = [pose.vector_to_picture(move) for pose, move in zip(poses, moves, strict=True)]
         targets[:, self._basis.points] += np.stack(moves_px)
         _part_lips(targets)
