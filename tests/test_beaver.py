@@ -23,6 +23,7 @@ from beavervision.models.beaver import (
 )
 from beavervision.models.cards import BEAVER
 from beavervision.models.face import FaceNets
+from beavervision.models.inside import inside
 from beavervision.models.mesh import Pose
 from beavervision.models.warp import filled, places_of
 from beavervision.speech import speak
@@ -281,6 +282,15 @@ def test_lips_that_were_never_seen_apart_show_teeth_and_dark() -> None:
     with_it, without = painted(of_shut), painted(replace(of_shut, references=()))
     for share in (0.1, 0.5):
         assert np.quantile(with_it, share) < np.quantile(without, share) - 0.05
+
+
+def test_a_mouth_that_fills_the_crop_is_imagined_too() -> None:
+    hole = np.full((80, 96), 255, np.uint8)
+    angles = np.linspace(np.pi, 3 * np.pi, 20, endpoint=False)  # from the left corner over the upper lip
+    lips = np.stack([48 + 47 * np.cos(angles), 40 + 39 * np.sin(angles)], axis=1).astype(np.float32)
+    shown = inside(lips, np.full((3, 80, 96), 0.5, np.float32), hole)
+    assert shown.shape == (3, 80, 96)
+    assert 0 < shown.min() < 0.2 < shown.max() < 0.6
 
 
 def test_no_mouth_is_imagined_where_none_is_in_the_picture() -> None:

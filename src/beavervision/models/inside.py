@@ -36,6 +36,8 @@ def inside(lips: F32, rgb: F32, hole: U8) -> F32:
     """
     around = np.ones((2 * _AROUND_PX + 1,) * 2, np.uint8)
     skin = rgb[:, cv2.dilate(hole, around) == 0]
+    if not skin.size:
+        skin = rgb.reshape(3, -1)
     light = float(np.quantile(skin.mean(axis=0), _BRIGHT))
     middle = np.median(skin, axis=1)
     cast = middle / max(float(middle.mean()), 1e-3)
