@@ -507,9 +507,8 @@ def share_out(heads: Sequence[MotionHead], shapes: Sequence[bool], readout: Read
     others = shapes.count(False)
     if others in (0, len(heads)):
         return
-    opening = (
-        torch.outer(readout.gap, readout.gap) / readout.gap.square().sum()
-    )  # of a motion, the part that opens the mouth
+    # Of a motion, the part that opens the mouth, and all else.
+    opening = torch.outer(readout.gap, readout.gap) / readout.gap.square().sum()
     rest = torch.eye(len(opening)) - opening
     count = len(heads) / (others + _SHAPES_SHARE * (len(heads) - others))
     with torch.no_grad():
