@@ -182,31 +182,22 @@ class BeaverSync:
     def shown(self, clip: Clip) -> F32:
         """The motion (n, k) that the mouths of a tracked clip show themselves; 0 where there is no face."""
         assert clip.track is not None
-        found = np.zeros((len(clip), len(self._basis.shapes)), np.float32)
-        seen = [i for i, face in enumerate(clip.track.faces) if face is not None]
-        if seen:
-            points = np.stack([face.points_px for face in clip.track.faces if face is not None])
-            found[seen] = self._has(points, [fit_pose(face_px) for face_px in points])
-        return found
+        nothing = np.zeros(len(self._basis.shapes), np.float32)
+        points = [None if face is None else face.points_px for face in clip.track.faces]
+        return np.stack([nothing if p is None else self._has(p, fit_pose(p)) for p in points])
 
-    def _has(self, points_px: F32, poses: Sequence[Pose]) -> F32:
-        """The motion (n, k) that the mouths of faces (n, 478, 3) show."""
+    def _has(self, points_px: F32, pose: Pose) -> F32:
+        """The motion (k,) that the mouth of a face (478, 3) shows."""
         points = self._basis.points
-        rest = self._profile.rest[points]
-        # Face by face: a product of matrices rounds differently for other numbers of them.
-        found = [
-            self._basis.coefficients(pose.to_face(face) - rest)
-            for pose, face in zip(poses, points_px[:, points], strict=True)
-        ]
-        return np.stack(found)
+        return self._basis.coefficients(pose.to_face(points_px[points]) - self._profile.rest[points])
 
     def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
         """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at a `strength` (n,)."""
-        changes = (wanted - self._has(points_px, poses)) * strength[:, None]
         targets = points_px.copy()
-        moves = [self._basis.displacement(change) for change in changes]
-        moves_px = [pose.vector_to_picture(move) for pose, move in zip(poses, moves, strict=True)]
-        targets[:, self._basis.points] += np.stack(moves_px)
+        # Face by face: a product of matrices rounds differently for other numbers of them.
+        for target, pose, motion, share in zip(targets, poses, wanted, strength, strict=True):
+            move = self._basis.displacement((motion - self._has(target, pose)) * share)
+            target[self._basis.points] += pose.vector_to_picture(move)
         _part_lips(targets)
         return targets
 
