@@ -96,17 +96,12 @@ def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
         yield np.s_[strip * high * step : (strip + 1) * high * step, first * step : end * step]
 
 
-def places_of(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
-    """For each pixel (h * step, w * step, 2), the place to take it from, given how far away that is from the middles of cells
-    (h, w) of `step` pixels, the first with its corner at (`left`, `top`).
-
-    Places are interpolated, not offsets: what is linear comes out exactly.
-    """
-    return interpolated(places_of_cells(offsets_px, step, left, top), step)
-
-
 def places_of_cells(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
-    """The same for the middles of the cells, and for one cell more on each side, (h + 2, w + 2, 2)."""
+    """The places to take the middles of cells (h, w) of `step` pixels from, given how far away those are, the first cell with its
+    corner at (`left`, `top`); and of one cell more on each side, (h + 2, w + 2, 2).
+
+    Places are to be interpolated, not offsets: what is linear comes out exactly.
+    """
     cells: Any = cv2.copyMakeBorder(offsets_px, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # up to the edge, not the last middle
     rows, columns = cells.shape[:2]
     cells[..., 0] += _middles(columns, step, left)
@@ -122,8 +117,8 @@ def interpolated(cells: F32, step: int) -> F32:
 
 
 def _places(offsets_px: Any, step: int, first: int, axis: int, pixel_px: int = 1) -> F32:
-    """As :func:`places_of`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with them apart), and for
-    samples of `pixel_px` pixels, in such samples; for those of the cells and some to the right and below.
+    """As :func:`interpolated` of :func:`places_of_cells`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with
+    them apart), and for samples of `pixel_px` pixels, in such samples; for those of the cells and some to the right and below.
     """
     below, right = (pixel_px + side % pixel_px for side in offsets_px.shape)  # whole samples
     cells: Any = cv2.copyMakeBorder(offsets_px, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE)
