@@ -167,10 +167,9 @@ class BeaverSync:
                 at, poses, targets, mesh.openings(targets), *framed, strict=True
             ):
                 picture, strength = clip.frames.pictures[i], float(track.strength[i])
-                region = Region.around(corners_px, _MARGIN_PX, picture.width_px, picture.height_px)
-                if region is not None:
-                    drawings[i] = _Drawing.of(picture, region, source_px, target_px, face_px, pose, strength)
-                    opening[i] = opens
+                drawing = _Drawing.of(picture, source_px, target_px, corners_px, face_px, pose, strength)
+                if drawing is not None:
+                    drawings[i], opening[i] = drawing, opens
         self._paint([d for d in drawings if d is not None])
         return replace(
             clip,
@@ -244,10 +243,9 @@ def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
     target = source.copy()
     target[basis.points] += pose.vector_to_picture(basis.displacement(basis.closing(pose.to_face(source)) + opens))
     (source_px,), (target_px,), (corners_px,) = _topology(_LOWER_POINTS).framed(source[None], target[None])
-    box = Region.around(corners_px, _MARGIN_PX, region.width_px, region.height_px)
-    if box is None:
+    drawing = _Drawing.of(picture, source_px, target_px, corners_px, target, pose, 1.0)
+    if drawing is None:
         return None
-    drawing = _Drawing.of(picture, box, source_px, target_px, target, pose, 1.0)
     drawing.imagine()
     opened = picture.painted((drawing.patch(),)).rgb(Region(0, 0, region.width_px, region.height_px))
     return Reference(region, opened, replace(reference.face, points_px=target + origin))
@@ -337,11 +335,21 @@ class _Drawing:
 
     @classmethod
     def of(
-        cls, picture: Picture, region: Region, source_px: F32, target_px: F32, face_px: F32, pose: Pose, strength: float
-    ) -> _Drawing:
-        """Warp a `region` of `picture` so that its face comes to lie at `face_px` (478, 3). source_px and target_px
-        (p, 2) are those of :meth:`_Topology.framed`.
+        cls,
+        picture: Picture,
+        source_px: F32,
+        target_px: F32,
+        corners_px: F32,
+        face_px: F32,
+        pose: Pose,
+        strength: float,
+    ) -> _Drawing | None:
+        """Warp `picture` so that its face comes to lie at `face_px` (478, 3); None where that is outside of it. source_px,
+        target_px (p, 2) and corners_px (2, 2) are those of :meth:`_Topology.framed`.
         """
+        region = Region.around(corners_px, _MARGIN_PX, picture.width_px, picture.height_px)
+        if region is None:
+            return None
         origin = np.array([region.x_px, region.y_px], np.float32)
         triangles, opening = _topology(_LOWER_POINTS).facing(pose)
         size = (region.width_px, region.height_px)
