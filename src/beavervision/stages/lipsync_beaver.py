@@ -53,6 +53,9 @@ _DENSE = 2  # of them to each row of the motion net
 _ROWS_PER_STEP = 2  # of the motion net
 _STEP = _DENSE * _ROWS_PER_STEP
 _AMPLITUDES = (0.75, 1.35)
+# Of motion, too small to be seen: how many steps the network is given at once shows in the last bits of what it tells, and
+# would now and then move a pixel.
+_GRAINS = np.float32(1024)  # to a coefficient of 1
 _UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (85 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
 _LEAST_SHOWN = 0.08  # gap of the most open mouth, in eye distances, from which it serves as reference
@@ -148,7 +151,8 @@ class BeaverSync:
                 gate += (float(speaks) - gate) * min(1.0, 1 / float(rate) / pace)
                 gates[i] = gate
             ear = ear or _Ear(self._motion, rate)
-            motion = ear(clip.heard, start, len(clip)) * (self._profile.amplitude * gates[:, None])
+            told = np.round(ear(clip.heard, start, len(clip)) * _GRAINS) / _GRAINS
+            motion = np.asarray(told * (self._profile.amplitude * gates[:, None]), np.float32)
             yield self.draw(clip, self._lead(motion, start, rate, phones))
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
