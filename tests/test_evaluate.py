@@ -345,6 +345,19 @@ def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
     assert "one.mkv" in _printed(follow_module.format_table(report))
 
 
+def test_follow_over_footage_that_shows_another_mouth(talkers: Path, tmp_path: Path) -> None:
+    report = follow(talkers, footage=True, model="beaver", device="cpu")
+    (clip,) = report.clips
+    assert report.as_dict()["over"] == "footage" and "shifted" in _printed(follow_module.format_table(report))
+    assert clip.opening_r > 0.8 and clip.in_time, "the mouth of the footage shows"
+    nets = FaceNets()
+    truth, _ = mouth_trace(talkers / "made.mp4", nets)
+    shifted, _ = mouth_trace(follow_module._shifted(talkers / "made.mp4", tmp_path / "s.mp4", len(truth.times_s)), nets)
+    half = len(truth.times_s) // 2
+    assert scores.pearson(shifted.opening, np.roll(truth.opening, -half)) > 0.98
+    assert scores.pearson(shifted.opening, truth.opening) < 0.7
+
+
 def test_the_still_is_a_closed_mouth(talkers: Path) -> None:
     nets = FaceNets()
     trace, picture = mouth_trace(talkers / "made.mp4", nets)

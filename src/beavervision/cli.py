@@ -565,6 +565,10 @@ def evaluate_follow(
     folder: Annotated[Path, typer.Argument(metavar="TALKERS_DIR", help="A folder of talkers with its index.tsv.")],
     split: Annotated[str, typer.Option(help="Which clips of the index.")] = "validate",
     limit: Annotated[int | None, typer.Option(help="So many clips only, spread over the index.")] = None,
+    footage: Annotated[
+        bool,
+        typer.Option("--footage", help="Draw over each talker's footage, shifted by half its length, not a still."),
+    ] = False,
     model: Model = None,
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
@@ -572,7 +576,7 @@ def evaluate_follow(
     as_json: JsonFlag = False,
     quiet: Quiet = False,
 ) -> None:
-    """Drive a still of each talker with their own sound, and compare with their own video."""
+    """Drive a still or the footage of each talker with their own sound, and compare with their own video."""
     from beavervision.evaluate.follow import follow, format_table, panels
 
     _check_plot(plot)
@@ -580,6 +584,7 @@ def evaluate_follow(
         folder,
         split,
         limit=limit,
+        footage=footage,
         model=model,
         device=device,
         allow_non_commercial=allow_non_commercial,

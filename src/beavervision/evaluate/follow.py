@@ -1,7 +1,9 @@
-"""Does the mouth follow the speech? A still of each person, driven by their own sound, against their own video.
+"""Does the mouth follow the speech? A still of each person, or their footage in another order, driven by their own sound,
+against their own video.
 
-For each clip of a folder of talkers: a still is taken from it, the real pipeline makes a real file of the still and the
-clip's sound, the mouth is found again in that file, and its lips over time are held against the clip's. Two controls go
+For each clip of a folder of talkers: a still is taken from it, or its pictures from the middle on and round again; the real
+pipeline makes a real file of that and the clip's sound, the mouth is found again in that file, and its lips over time are held
+against the clip's. Two controls go
 through the same: the clip itself as it comes back from the same encoder (what measuring costs), and the made mouth against
 another clip's (what chance gives).
 """
@@ -11,9 +13,10 @@ from __future__ import annotations
 import csv
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +31,7 @@ from beavervision.errors import InputError, OutputError, UsageError
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.scores import Lag, best_lag, landmark_distance, pearson
 from beavervision.evaluate.tracks import lips_of
-from beavervision.media import F32, FaceState, Picture
+from beavervision.media import F32, Clip, FaceState, Frames, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Pipeline
@@ -40,6 +43,7 @@ LEAST_S = 2.0  # shorter clips are left out: neither their sound offset nor thei
 _REACH_S = 0.4  # of the lag that is searched
 FOUND_S = 0.38  # a sound offset of an index from which on it lies at the end of the searched range: it was not found
 CONTROLS = {"real video": "real", "another person's words": "chance"}
+_BLOCK, _FOOTAGE_CRF = 8, 12  # of footage in another order: how it is written
 _TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
 
 _Row = TypeVar("_Row")
@@ -115,12 +119,14 @@ class ClipFollow:
 
 @dataclass(frozen=True, slots=True)
 class FollowReport:
-    """All clips; `left_out` has those that could not be measured, with the reason."""
+    """All clips; `left_out` has those that could not be measured, with the reason. footage says that they were drawn over their
+    own footage in another order, not over a still."""
 
     split: str
     model: dict[str, Any]
     clips: tuple[ClipFollow, ...]
     left_out: dict[str, str]
+    footage: bool = False
 
     @property
     def opening_r(self) -> float:
@@ -169,6 +175,7 @@ class FollowReport:
         """Ready for JSON."""
         return {
             "split": self.split,
+            "over": "footage" if self.footage else "still",
             "model": self.model,
             "clips": len(self.clips),
             "median_opening_r": round(self.opening_r, 4),
@@ -190,6 +197,7 @@ def follow(
     split: str = "validate",
     *,
     limit: int | None = None,
+    footage: bool = False,
     model: str | None = None,
     device: str | None = None,
     allow_non_commercial: bool = False,
@@ -202,6 +210,7 @@ def follow(
             clip's sound is late; empty for 0; 0.38 and more, to either side, is taken for not found) and, where several clips are
             of one, person.
         limit: measure so many clips only, spread evenly over the index.
+        footage: draw over the clip's own pictures, from its middle on and then from its beginning, not over a still.
         model, device: as in the settings if None.
 
     Raises:
@@ -217,11 +226,11 @@ def follow(
     def one(row: TalkerRow) -> _Seen:
         nonlocal facts
         with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
-            seen, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch))
+            seen, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch), footage)
         return seen
 
     seen, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
-    return FollowReport(split, facts, tuple(_measured(one, seen) for one in seen), left_out)
+    return FollowReport(split, facts, tuple(_measured(one, seen) for one in seen), left_out, footage)
 
 
 def over_clips(
@@ -282,7 +291,8 @@ def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture |
 
 def format_table(report: FollowReport) -> RenderableType:
     """The report for a terminal."""
-    table = Table(title=f"{len(report.clips)} clips of {report.split}, driven by their own sound over a still")
+    over = "their footage, shifted" if report.footage else "a still"
+    table = Table(title=f"{len(report.clips)} clips of {report.split}, driven by their own sound over {over}")
     table.add_column("clip")
     for heading in ("s", "opening r", "width r", "motion", "lag ms", "r there", "LMD", "of clip's mean", "of people's"):
         table.add_column(heading, justify="right")
@@ -401,15 +411,14 @@ class _Seen:
 
 
 def _follow_one(
-    pipeline: Pipeline, nets: FaceNets, source: Path, row: TalkerRow, scratch: Path
+    pipeline: Pipeline, nets: FaceNets, source: Path, row: TalkerRow, scratch: Path, footage: bool
 ) -> tuple[_Seen, dict[str, Any]]:
     truth, picture = mouth_trace(source, nets)
     if picture is None:
         raise InputError("no picture of it shows a face from the front")
-    still, out, again = scratch / "still.png", scratch / "out.mp4", scratch / "again.mp4"
-    if not cv2.imwrite(str(still), cv2.cvtColor(picture.rgb(), cv2.COLOR_RGB2BGR)):
-        raise OutputError(f"{still} cannot be written. Make room in the folder for temporary files.")
-    report = pipeline.lipsync(still, out, audio=source, alive=False)
+    out, again = scratch / "out.mp4", scratch / "again.mp4"
+    face = _shifted(source, scratch / "shifted.mp4", len(truth.times_s)) if footage else _kept(picture, scratch)
+    report = pipeline.lipsync(face, out, audio=source, alive=False)
     made, _ = mouth_trace(out, nets)
     encode_again(source, again, pipeline)
     times_s = made.times_s - row.late_s
@@ -419,6 +428,30 @@ def _follow_one(
     if lag is None or not math.isfinite(pearson(made.width, true.width)):
         raise InputError("its mouth was seen too seldom, or does not move")
     return _Seen(row, made, true, real, lag, step_s), report.model
+
+
+def _kept(picture: Picture, folder: Path) -> Path:
+    still = folder / "still.png"
+    if not cv2.imwrite(str(still), cv2.cvtColor(picture.rgb(), cv2.COLOR_RGB2BGR)):
+        raise OutputError(f"{still} cannot be written. Make room in the folder for temporary files.")
+    return still
+
+
+def _shifted(source: Path, out: Path, pictures: int) -> Path:
+    """A silent video of the `pictures` of `source`: those from the middle on, then those from the beginning on."""
+
+    def clips() -> Iterator[Clip]:
+        order = chain(islice(shown(), pictures // 2, None), islice(shown(), pictures // 2))
+        for start in range(0, pictures, _BLOCK):
+            yield Clip(Frames(tuple(islice(order, _BLOCK)), start, info.rate))
+
+    def shown() -> Iterator[Picture]:
+        return chain.from_iterable(clip.frames.pictures for clip in Decode(extend="none")(info))
+
+    info = probe(source)
+    for _ in Encode(crf=_FOOTAGE_CRF).to(out)(clips()):
+        pass
+    return out
 
 
 def encode_again(source: Path, out: Path, pipeline: Pipeline) -> None:
