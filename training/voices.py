@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -126,13 +126,14 @@ def labels(phones: tuple[Phone, ...], steps: int, shift_s: float) -> tuple[npt.N
     return classes, centred
 
 
-def speak_many(count: int, seed: int, voices_dir: Path | None) -> list[Spoken]:
-    """`count` sentences in all English voices that work here, at many pitches and paces; `voices_dir` has Kokoro's."""
+def speak_many(count: int, seed: int, voices_dir: Path | None, without: Sequence[str] = ()) -> list[Spoken]:
+    """`count` sentences in all English voices that work here but those `without`, at many pitches and paces; `voices_dir` has
+    Kokoro's."""
     rng = np.random.default_rng(seed)
     speaker = Speaker(voices_dir=voices_dir)
     voices: dict[str, list[str]] = {}
     for v in speaker.voices():
-        if not v.unavailable and v.language[:2] == "en":
+        if not v.unavailable and v.language[:2] == "en" and v.name not in without:
             voices.setdefault(v.engine, []).append(v.name)
     engines = list(voices)
     share = np.array([_SHARES[engine] for engine in engines])
@@ -197,10 +198,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="sentences (about 3.5 s each)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--voices-dir", type=Path, help="folder with the voice files of Kokoro")
+    parser.add_argument("--without", nargs="*", default=[], metavar="VOICE", help="voices to keep for measuring")
     parser.add_argument("--smoke", action="store_true", help="four sentences")
     args = parser.parse_args()
     args.data.mkdir(parents=True, exist_ok=True)
-    save(speak_many(4 if args.smoke else args.count, args.seed, args.voices_dir), args.data / "voices.npz")
+    spoken = speak_many(4 if args.smoke else args.count, args.seed, args.voices_dir, args.without)
+    save(spoken, args.data / "voices.npz")
 
 
 if __name__ == "__main__":
