@@ -330,7 +330,13 @@ def test_an_offset_at_the_end_of_the_searched_range_was_not_found(tmp_path: Path
 
 def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
     told: list[str] = []
-    report = follow(talkers, model="beaver", device="cpu", on_progress=lambda done, total, file: told.append(file))
+    report = follow(
+        talkers,
+        index_offsets=True,
+        model="beaver",
+        device="cpu",
+        on_progress=lambda done, total, file: told.append(file),
+    )
     assert told == ["one.mkv", "two.wav"], "short clips and other splits are left out"
     (clip,) = report.clips
     assert clip.opening_r > 0.8
@@ -350,6 +356,7 @@ def test_follow_over_footage_that_shows_another_mouth(talkers: Path, tmp_path: P
     (clip,) = report.clips
     assert report.as_dict()["over"] == "footage" and "shifted" in _printed(follow_module.format_table(report))
     assert clip.opening_r > 0.8 and clip.in_time, "the mouth of the footage shows"
+    assert clip.offset_from == "scorer" and clip.sound_late_s == pytest.approx(0.08, abs=0.05)
     nets = FaceNets()
     truth, _ = mouth_trace(talkers / "made.mp4", nets)
     shifted, _ = mouth_trace(follow_module._shifted(talkers / "made.mp4", tmp_path / "s.mp4", len(truth.times_s)), nets)

@@ -27,13 +27,19 @@ def test_follow_hands_its_options_on_and_tells_of_the_clips(
         return FollowReport(split, {"name": "beaver"}, (CLIP,), {})
 
     monkeypatch.setattr(module, "follow", follow)
-    ran = cli(
-        "evaluate", "follow", tmp_path, "--split", "train", "--limit", "3", "--footage", "--device", "cpu", "--json"
-    )
+    given = ("--split", "train", "--limit", "3", "--footage", "--index-offsets", "--device", "cpu")
+    ran = cli("evaluate", "follow", tmp_path, *given, "--json")
     assert ran.code == 0
     assert json.loads(ran.out)["median_opening_r"] == 0.7
     assert "a.mp4" in ran.err and "1 clips" in ran.err
-    wanted = {"limit": 3, "footage": True, "model": None, "device": "cpu", "allow_non_commercial": False}
+    wanted = {
+        "limit": 3,
+        "footage": True,
+        "index_offsets": True,
+        "model": None,
+        "device": "cpu",
+        "allow_non_commercial": False,
+    }
     assert asked == {"folder": tmp_path, "split": "train", **wanted}
     plot = tmp_path / "follow.png"
     assert "0.700" in cli("evaluate", "follow", tmp_path, "--plot", plot).out

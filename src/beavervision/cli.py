@@ -569,6 +569,9 @@ def evaluate_follow(
         bool,
         typer.Option("--footage", help="Draw over each talker's footage, shifted by half its length, not a still."),
     ] = False,
+    index_offsets: Annotated[
+        bool, typer.Option("--index-offsets", help="Take the sound's offsets from the index; do not listen for them.")
+    ] = False,
     model: Model = None,
     device: Device = None,
     allow_non_commercial: NonCommercial = False,
@@ -585,6 +588,7 @@ def evaluate_follow(
         split,
         limit=limit,
         footage=footage,
+        index_offsets=index_offsets,
         model=model,
         device=device,
         allow_non_commercial=allow_non_commercial,

@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from rich.text import Text
 from beavervision.errors import InputError, OutputError, UsageError
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.scores import Lag, best_lag, landmark_distance, pearson
+from beavervision.evaluate.sync import SyncJudge
 from beavervision.evaluate.tracks import lips_of
 from beavervision.media import F32, Clip, FaceState, Frames, Picture
 from beavervision.models import mesh
@@ -94,7 +95,8 @@ class ClipFollow:
     motion is how much the made mouth opens and closes against the true one (standard deviations). lmd is the mean distance of the
     lips' points to the true ones in eye distances, pose-free; clip_mean_lmd is what the clip's own mean mouth would get, held
     still, and people_mean_lmd what the mean mouth of the other people would, None without others. real is the clip itself,
-    encoded again; chance the made mouth against another person's clip, None without one.
+    encoded again; chance the made mouth against another person's clip, None without one. sound_late_s is how late the clip's
+    sound was taken to be, offset_from who says so: "scorer" or "index".
     """
 
     file: str
@@ -110,6 +112,8 @@ class ClipFollow:
     people_mean_lmd: float | None = None
     real: Control | None = None
     chance: Control | None = None
+    sound_late_s: float = 0.0
+    offset_from: str = "index"
 
     @property
     def in_time(self) -> bool:
@@ -198,6 +202,7 @@ def follow(
     *,
     limit: int | None = None,
     footage: bool = False,
+    index_offsets: bool = False,
     model: str | None = None,
     device: str | None = None,
     allow_non_commercial: bool = False,
@@ -209,6 +214,7 @@ def follow(
         folder: videos and an ``index.tsv`` with the columns file, split, seconds, sync_lag_s (how many seconds the
             clip's sound is late; empty for 0; 0.38 and more, to either side, is taken for not found) and, where several clips are
             of one, person.
+        index_offsets: take all offsets of the sound from the index. Otherwise the sync scorer's are taken where they stand out.
         limit: measure so many clips only, spread evenly over the index.
         footage: draw over the clip's own pictures, from its middle on and then from its beginning, not over a still.
         model, device: as in the settings if None.
@@ -221,10 +227,14 @@ def follow(
     rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     nets = FaceNets()
+    judge = None if index_offsets else SyncJudge()
     facts: dict[str, Any] = {}
 
     def one(row: TalkerRow) -> _Seen:
         nonlocal facts
+        late_s = None if judge is None else judge.sound_late_s(folder / row.file)
+        if late_s is not None:
+            row = replace(row, late_s=late_s, offset_from="scorer")
         with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
             seen, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch), footage)
         return seen
@@ -341,12 +351,14 @@ def panels(report: FollowReport) -> list[Panel]:
 
 @dataclass(frozen=True, slots=True)
 class TalkerRow:
-    """A clip of an index; its sound is `late_s` late. person is the file's name where the index has none."""
+    """A clip of an index; its sound is `late_s` late, as `offset_from` says. person is the file's name where the index has
+    none."""
 
     file: str
     seconds: float
     late_s: float
     person: str
+    offset_from: str = "index"
 
 
 def read_index(folder: Path, split: str, row: Callable[[dict[str, str]], _Row], column: str) -> list[_Row]:
@@ -480,6 +492,8 @@ def _measured(one: _Seen, all_seen: list[_Seen]) -> ClipFollow:
         people_mean_lmd=_lmd(np.broadcast_to(_mean_mouth(others), truth.lips.shape), truth.lips) if others else None,
         real=_control(one.real, truth, one.step_s),
         chance=_chance(one, others),
+        sound_late_s=row.late_s,
+        offset_from=row.offset_from,
     )
 
 

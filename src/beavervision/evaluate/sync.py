@@ -24,7 +24,8 @@ from beavervision.stages.detect import Detect
 from beavervision.stages.hear import LOG_MEL
 
 STEP_S = 0.02
-_HOP = 25  # steps between windows
+_HOP, _FINE_HOP = 25, 5  # steps between windows
+_CLEAR, _AWAY = 0.5, 5  # how far an offset must stand out among those at least so many steps away
 _SPEECH_HZ = 16_000
 _SEEN = 0.8  # of a window's pictures must show the face
 
@@ -76,24 +77,7 @@ class SyncJudge:
             InputError: it has no sound, or no three seconds in which a face is seen and sound surrounds it.
             MediaError: it cannot be read.
         """
-        info = probe(video)
-        times_s, points = _lips(info)
-        if len(times_s) < 15:
-            raise InputError(f"{video}: a face is seen too seldom to judge its lips.")
-        lips = self._motion(points)
-        rows = LOG_MEL.rows(_sound(Path(video)))
-        steps = np.arange(len(rows) // 2) * STEP_S
-        values = np.stack([np.interp(steps, times_s, column) for column in lips.T], axis=1).astype(np.float32)
-        after = np.clip(np.searchsorted(times_s, steps), 1, len(times_s) - 1)
-        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 / float(info.rate)
-        scores, starts = [], []
-        for first in range(REACH, len(values) - STEPS - REACH + 1, _HOP):
-            if seen[first : first + STEPS].mean() < _SEEN:
-                continue
-            around = rows[2 * (first - REACH) :][:ROWS]
-            (out,) = self._net(around[None], values[None, first : first + STEPS])
-            scores.append(np.asarray(out[0], np.float32))
-            starts.append(first * STEP_S)
+        scores, starts = self._windows(Path(video))
         if not scores:
             needed = (STEPS + 2 * REACH) * STEP_S
             raise InputError(f"{video}: there are no {needed:g} seconds of one face and sound. Give a longer video.")
@@ -105,6 +89,46 @@ class SyncJudge:
             tuple(SyncWindow(round(s, 3), *_peak(score)) for s, score in zip(starts, scores, strict=True)),
             tuple(round(float(score), 4) for score in mean),
         )
+
+    def sound_late_s(self, video: Path | str) -> float | None:
+        """How late the sound of a real clip of two seconds or more is, in seconds; None where no offset stands out.
+
+        Raises:
+            InputError: a face is seen too seldom.
+            MediaError: it cannot be read.
+        """
+        scores, _ = self._windows(Path(video), around=STEPS // 2 + REACH, hop=_FINE_HOP)
+        if not scores:
+            return None
+        mean = np.mean(scores, axis=0)
+        best = int(np.argmax(mean))
+        away = np.abs(np.arange(len(mean)) - best) >= _AWAY
+        return round((best - REACH) * STEP_S, 3) if mean[best] - mean[away].max() >= _CLEAR else None
+
+    def _windows(self, video: Path, around: int = 0, hop: int = _HOP) -> tuple[list[F32], list[float]]:
+        """The scores (offsets,) of each window of `video`, and when it starts, in seconds; there are `around` steps of silence
+        before and after it, and in a clip that is shorter than a window all of it may count."""
+        info = probe(video)
+        times_s, points = _lips(info)
+        if len(times_s) < 15:
+            raise InputError(f"{video}: a face is seen too seldom to judge its lips.")
+        lips = self._motion(points)
+        silence = np.zeros(round(around * STEP_S * _SPEECH_HZ), np.float32)
+        rows = LOG_MEL.rows(np.concatenate([silence, _sound(video), silence]))
+        steps = (np.arange(len(rows) // 2) - around) * STEP_S
+        values = np.stack([np.interp(steps, times_s, column) for column in lips.T], axis=1).astype(np.float32)
+        after = np.clip(np.searchsorted(times_s, steps), 1, len(times_s) - 1)
+        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 / float(info.rate)
+        least = _SEEN * (min(float(seen.sum() / STEPS), 1.0) if around else 1.0)
+        scores, starts = [], []
+        for first in range(REACH, len(values) - STEPS - REACH + 1, hop):
+            if seen[first : first + STEPS].mean() < least:
+                continue
+            nearby = rows[2 * (first - REACH) :][:ROWS]
+            (out,) = self._net(nearby[None], values[None, first : first + STEPS])
+            scores.append(np.asarray(out[0], np.float32))
+            starts.append((first - around) * STEP_S)
+        return scores, starts
 
     def _motion(self, points: F32) -> F32:
         """Coefficients (t, k) against the person's own resting mouth, in units of an average speaker's motion."""
