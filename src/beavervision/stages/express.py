@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, cos, dist, floor, hypot, radians, sin
+from math import ceil, cos, dist, floor, radians, sin
 from typing import Any
 
 import cv2
@@ -27,6 +27,7 @@ STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
 _CELLS = 17  # of the grid, to the distance of the eyes
 _SMOOTH_CELLS = 1.1
+_SMOOTH_REACH = 3  # cells
 _MOVES_PX = 0.25  # cells that move less stay as they are; from twice that on they move as they should
 _LEAST_FACE_PX = 4.0  # between the eyes
 _AROUND = 1.0  # how much of the picture around the face is looked at, in eye distances
@@ -74,7 +75,8 @@ def expressed(picture: Picture, points_px: F32, controls: F32, head: F32, basis:
         controls: (52,) offsets of the blendshapes.
         head: (6,), as in :class:`beavervision.media.Expression`.
     """
-    if np.abs(controls).max() < _LEAST and np.abs(head - STILL).max() < _LEAST:
+    turns = cv2.norm(head, STILL, cv2.NORM_INF) >= _LEAST
+    if not turns and cv2.norm(controls, cv2.NORM_INF) < _LEAST:
         return picture
     pose = fit_pose(points_px)
     region = Region.around(points_px, _AROUND * pose.scale_px, picture.width_px, picture.height_px)
@@ -84,13 +86,8 @@ def expressed(picture: Picture, points_px: F32, controls: F32, head: F32, basis:
     points = points_px[:, :2] - np.array([region.x_px, region.y_px], np.float32)
     move = basis.displacement(controls, face)
     skin_px = pose.vector_to_picture(move)[:, :2]
-    head_px = _turned(face + move, head, pose) if np.abs(head - STILL).max() >= _LEAST else None
-    closing = basis.closing(controls)
-    eyes = [
-        eye
-        for side, ring in enumerate(_EYES)
-        if (eye := _Eye.of(ring, points, skin_px, closing[side], pose)) is not None
-    ]
+    head_px = _turned(face + move, head, pose) if turns else None
+    eyes = _Eyes.of(points, skin_px, basis.closing(controls), pose)
     return _Warp.of(points, skin_px, head_px, pose, eyes).apply(picture, region, eyes)
 
 
@@ -158,7 +155,7 @@ _surface = cache(_Surface.of)
 class _Warp:
     """For each pixel of a rectangle, which may reach beyond the region around the face, where in the region it comes from."""
 
-    __slots__ = ("_from", "_grid", "_half", "_high", "_low", "_moves", "_step", "_x", "_y")
+    __slots__ = ("_from", "_grid", "_half", "_moves", "_step", "_x", "_y")
 
     def __init__(self, x: int, y: int, step: int, grid: F32) -> None:
         """`grid` (2, rows, columns): how far away each cell of `step` pixels finds its own."""
@@ -166,12 +163,11 @@ class _Warp:
         size = np.maximum(*np.abs(grid))
         self._moves = (size > _MOVES_PX).view(np.uint8)
         self._grid = grid * _unit((size - np.float32(_MOVES_PX)) * np.float32(1 / _MOVES_PX))
-        self._from = places_of_cells(np.asarray(cv2.merge([*self._grid]), np.float32), step, x, y)
+        self._from = places_of_cells(self._grid, step, x, y)
         self._half = _halved(self._from)
-        self._low, self._high = self._from[..., 1].min(axis=1).tolist(), self._from[..., 1].max(axis=1).tolist()
 
     @classmethod
-    def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: list[_Eye]) -> _Warp:
+    def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: _Eyes | None) -> _Warp:
         """From the points (478, 2) and how far they move with the skin and with the head, in pixels."""
         surface = _surface(_SKIN_REACH if head is None else _HEAD_REACH)
         values = np.concatenate([points, skin] if head is None else [points, skin, head], axis=1).T
@@ -183,36 +179,51 @@ class _Warp:
         target = np.einsum("kcm,cm->km", values[:2], surface.at) + move
         step = max(1, round(pose.scale_px / _CELLS / 2)) * 2  # even: chroma samples are whole
         moving = target.take(np.flatnonzero(np.maximum(*np.abs(move)) > _MOVES_PX), axis=1)
-        boxes = [np.reshape(eye.box(eye.middle), (2, 2)).T for eye in eyes]
-        reached = np.concatenate([moving if eyes or moving.size else target[:, :1], *boxes], axis=1)
+        if eyes is not None:
+            moving = np.concatenate([moving, eyes.boxes(eyes.middle).reshape(-1, 2).T], axis=1)
+        reached = moving if moving.size else target[:, :1]
         (x, right), (y, bottom) = ((floor(a.min() / step) - 3, ceil(a.max() / step) + 3) for a in reached)
         at = target * np.float32(1 / step) - np.array([[x], [y]], np.float32)
         return cls(x * step, y * step, step, _splat(at, -move, right - x, bottom - y))
 
-    def apply(self, picture: Picture, region: Region, eyes: list[_Eye]) -> Picture:
+    def apply(self, picture: Picture, region: Region, eyes: _Eyes | None) -> Picture:
         drawn = self._moves.copy()
-        patches: list[_Patch] = []
-        layers: list[tuple[int, int, _Layer]] = []
-        for eye in eyes:
-            x, y, right, bottom = box = self._held(_in_twos(eye.box(self._moved_at(eye.middle))), region)
+        boxes: list[_Box] = []
+        if eyes is not None:
+            boxes = [self._held(_in_twos(box), region) for box in eyes.boxes(self._moved_at(eyes.middle)).tolist()]
+        for box in boxes:
             drawn[self._cells(box)] = 1
-            patch = self._patch((x, y, x + (right - x) // 4 * 4, y + (bottom - y) // 4 * 4))
-            if patch is not None:
-                where = patch.where.copy()
-                layers += [(x + layer.x, y + layer.y, layer) for layer in eye.place(where)]
-                patches.append(_Patch(x, y, where, _shrunk(where), *_rows(where)))
-        planes = _Planes(picture, region)
+        column, row, columns, rows = cv2.boundingRect(drawn)
         step = self._step
-        for row, first, last in _strips(drawn):
-            left, top = self._x + first * step, self._y + row * step
-            strip = self._patch(self._held((left, top, self._x + last * step, top + _ROWS * step), region))
-            if strip is not None:
-                for patch in patches:
-                    strip.put(patch)
-                planes.draw(strip)
-        for x, y, layer in layers:
-            planes.mix(x, y, layer.where, layer.alpha)
-        return replace(picture, y=planes.new[0], u=planes.new[1], v=planes.new[2])
+        cells_x, cells_y = self._x + column * step, self._y + row * step
+        x, y, right, bottom = box = self._held(
+            (cells_x, cells_y, cells_x + columns * step, cells_y + rows * step), region
+        )
+        if right == x or bottom == y:
+            return picture
+        shown = slice(y - cells_y, bottom - cells_y), slice(x - cells_x, right - cells_x)
+        cells = slice(row, row + rows + 2), slice(column, column + columns + 2)
+        where = interpolated(self._from[:, *cells], step)[:, *shown]
+        half = interpolated(self._half[:, *cells], step // 2)[:, *_halves(shown)]
+        corners: list[tuple[int, int]] = []
+        layers: list[_Layer] = []
+        if eyes is not None:
+            # All of one size, so that they are counted together.
+            width = min(max(-(-(box[2] - box[0]) // 4) for box in boxes), (right - x) // 4) * 4
+            height = min(max(-(-(box[3] - box[1]) // 4) for box in boxes), (bottom - y) // 4) * 4
+            corners = [
+                (max(min(eye_x, right - width) - x, 0), max(min(eye_y, bottom - height) - y, 0))
+                for eye_x, eye_y, *_ in boxes
+            ]
+            cuts = [(slice(top, top + height), slice(left, left + width)) for left, top in corners]
+            if width and height:
+                layers = eyes.draw(where, half, cuts)
+        planes = _Planes(picture, region, box)
+        for cut in _strips(drawn[row : row + rows, column : column + columns], step, shown):
+            planes.draw(cut, where, half)
+        for layer in layers:
+            planes.mix(layer, corners)
+        return Picture(*planes.new, picture.color)
 
     def _held(self, box: _Box, region: Region) -> _Box:
         """A box, all even, as far as it lies within the grid and the region."""
@@ -228,31 +239,19 @@ class _Warp:
         step = self._step
         return slice(y // step, -(-bottom // step)), slice(x // step, -(-right // step))
 
-    def _patch(self, box: _Box) -> _Patch | None:
-        """A box as the grid moves it; None if it is empty."""
-        x, y, right, bottom = box
-        if right == x or bottom == y:
-            return None
-        rows, columns = self._cells(box)
-        cells = slice(rows.start, rows.stop + 2), slice(columns.start, columns.stop + 2)
-        where, half = interpolated(self._from[cells], self._step), interpolated(self._half[cells], self._step // 2)
-        left, top = x - self._x - columns.start * self._step, y - self._y - rows.start * self._step
-        right, bottom = left + right - x, top + bottom - y
-        return _Patch(
-            x, y, where[top:bottom, left:right], half[top // 2 : bottom // 2, left // 2 : right // 2],
-            min(self._low[cells[0]]), max(self._high[cells[0]]),
-        )  # fmt: skip
-
-    def _moved_at(self, place: F32) -> F32:
-        """Where what lies at `place` of the region is drawn, nearly."""
+    def _moved_at(self, places: F32) -> F32:
+        """Where what lies at `places` (n, 2) of the region is drawn, nearly."""
         _, rows, columns = self._grid.shape
-        x, y = place.tolist()
-        column = min(max(int((x - self._x) / self._step), 0), columns - 1)
-        row = min(max(int((y - self._y) / self._step), 0), rows - 1)
-        return np.asarray(place - self._grid[:, row, column], np.float32)
+        moved = places.copy()
+        for (x, y), at in zip(places.tolist(), moved, strict=True):
+            column = min(max(int((x - self._x) / self._step), 0), columns - 1)
+            row = min(max(int((y - self._y) / self._step), 0), rows - 1)
+            at -= self._grid[:, row, column]
+        return moved
 
 
 _Box = tuple[int, int, int, int]  # x, y, x end, y end, in pixels
+_Cut = tuple[slice, slice]  # rows and columns
 
 
 def _in_twos(box: tuple[float, float, float, float]) -> _Box:
@@ -261,74 +260,69 @@ def _in_twos(box: tuple[float, float, float, float]) -> _Box:
     return floor(x / 2) * 2, floor(y / 2) * 2, ceil(right / 2) * 2, ceil(bottom / 2) * 2
 
 
-def _strips(drawn: U8) -> Iterator[tuple[int, int, int]]:
-    """The first row of each strip of a grid in which something is set, and from and to which column it is."""
+def _strips(drawn: U8, step: int, shown: _Cut) -> Iterator[_Cut]:
+    """Of what is shown of a grid, strips that hold all that is drawn."""
+    y, x = (part.start for part in shown)
+    height, width = (part.stop - part.start for part in shown)
     strips = np.maximum.reduceat(drawn, range(0, len(drawn), _ROWS), axis=0)
     first, after = strips.argmax(axis=1), strips.shape[1] - strips[:, ::-1].argmax(axis=1)
     for strip in np.flatnonzero(strips.any(axis=1)).tolist():
-        yield strip * _ROWS, int(first[strip]), int(after[strip])
+        top, left = max(strip * _ROWS * step - y, 0), max(int(first[strip]) * step - x, 0)
+        bottom, right = min((strip + 1) * _ROWS * step - y, height), min(int(after[strip]) * step - x, width)
+        if top < bottom and left < right:
+            yield slice(top, bottom), slice(left, right)
 
 
-@dataclass(slots=True, eq=False)
-class _Patch:
-    """A box to be drawn: its corner in the region, where its pixels (h, w, 2) and its chroma samples (h / 2, w / 2, 2) come from,
-    and the first and the last row of that."""
-
-    x: int
-    y: int
-    where: F32
-    half: F32
-    low: float
-    high: float
-
-    def put(self, part: _Patch) -> None:
-        """Let what lies under `part`, which is no wider, come from where that does."""
-        top, bottom = max(part.y, self.y), min(part.y + len(part.where), self.y + len(self.where))
-        if top < bottom:
-            for where, new, by in ((self.where, part.where, 1), (self.half, part.half, 2)):
-                x = (part.x - self.x) // by
-                rows, from_rows = (slice((top - y) // by, (bottom - y) // by) for y in (self.y, part.y))
-                where[rows, x : x + new.shape[1]] = new[from_rows]
-            self.low, self.high = min(self.low, part.low), max(self.high, part.high)
-
-
-def _rows(where: F32) -> tuple[float, float]:
-    """The first and the last row of places (h, w, 2)."""
-    low, high, *_ = cv2.minMaxLoc(cv2.extractChannel(where, 1))
-    return low, high
+def _halves(cut: _Cut) -> _Cut:
+    """The chroma samples of a cut of pixels, all even."""
+    rows, columns = cut
+    return slice(rows.start // 2, rows.stop // 2), slice(columns.start // 2, columns.stop // 2)
 
 
 class _Planes:
-    """The planes of a picture and, of a region, what is drawn from and drawn to. Luma is interpolated in floats, which is faster;
-    rows become floats shortly before they are read, while they are near."""
+    """The planes of a picture and, of a box of a region, what is drawn from and drawn to. Luma is interpolated in floats, which is
+    faster; rows become floats shortly before they are read, while they are near."""
 
     __slots__ = ("_chroma", "_float", "_held", "_luma", "_to", "new")
 
-    def __init__(self, picture: Picture, region: Region) -> None:
-        luma, chroma = region.slices
+    def __init__(self, picture: Picture, region: Region, box: _Box) -> None:
+        x, y, right, bottom = box
+        luma, chroma = Region(region.x_px + x, region.y_px + y, right - x, bottom - y).slices
         self.new = (picture.y.copy(), picture.u.copy(), picture.v.copy())
         self._to = (self.new[0][luma], self.new[1][chroma], self.new[2][chroma])
         self._luma, *self._chroma = picture.planes(region)
         self._float = np.empty(self._luma.shape, np.float32)
         self._held: tuple[int, int] | None = None  # from and to which row it is filled
 
-    def draw(self, patch: _Patch) -> None:
-        luma, *chroma = self._under(patch.x, patch.y, patch.where)
-        cv2.convertScaleAbs(self._cubic(patch.where, patch.low, patch.high), luma)
-        for plane, to in zip(self._chroma, chroma, strict=True):
-            _remap(plane, patch.half, cv2.INTER_LINEAR, to)
+    def draw(self, cut: _Cut, where: F32, half: F32) -> None:
+        """Draw a cut of the box, of which `where` (2, h, w) tells where its pixels, and `half` (2, h / 2, w / 2) where its chroma
+        samples come from."""
+        luma, u, v = self._to
+        cv2.convertScaleAbs(self._cubic(where[:, *cut]), luma[cut])
+        cut = _halves(cut)
+        for plane, to in zip(self._chroma, (u, v), strict=True):
+            _remap(plane, half[:, *cut], cv2.INTER_LINEAR, to[cut])
 
-    def mix(self, x: int, y: int, where: F32, alpha: F32) -> None:
-        """Draw what comes from `where` (h, w, 2) at (x, y), as much of it as `alpha` (h, w) says."""
-        luma, *chroma = self._under(x, y, where)
-        cv2.blendLinear(cv2.convertScaleAbs(self._cubic(where, *_rows(where))), luma, alpha, 1 - alpha, luma)
-        half = _shrunk(where)
-        alpha = np.asarray(cv2.resize(alpha, half.shape[1::-1], interpolation=cv2.INTER_AREA), np.float32)
-        for plane, to in zip(self._chroma, chroma, strict=True):
-            cv2.blendLinear(_remap(plane, half, cv2.INTER_LINEAR), to, alpha, 1 - alpha, to)
+    def mix(self, layer: _Layer, corners: list[tuple[int, int]]) -> None:
+        """Draw a layer over eyes whose cuts of the box have their `corners` (x, y) there."""
+        height, width = layer.alpha.shape[1:]
+        where = layer.where.reshape(2, -1, width)  # one eye below the other
+        half = _halved(_shrunk(where))
+        alphas = layer.alpha, _shrunk(layer.alpha)
+        made = [cv2.convertScaleAbs(self._cubic(where))]
+        made += (_remap(plane, half, cv2.INTER_LINEAR) for plane in self._chroma)
+        rests = [1 - alpha for alpha in alphas]
+        for plane, to, by in zip(made, self._to, (1, 2, 2), strict=True):
+            alpha, rest = alphas[by - 1], rests[by - 1]
+            new = plane.reshape(alpha.shape)
+            for i, (x, y) in enumerate(corners):
+                top, left = (y + layer.y) // by, (x + layer.x) // by
+                under = to[top : top + height // by, left : left + width // by]
+                cv2.blendLinear(new[i], under, alpha[i], rest[i], under)
 
-    def _cubic(self, where: F32, low: float, high: float) -> F32:
-        """The luma at places (h, w, 2), from row `low` to `high`."""
+    def _cubic(self, where: F32) -> F32:
+        """The luma at places (2, h, w)."""
+        low, high, *_ = cv2.minMaxLoc(where[1])
         rows = len(self._luma)
         # Two rows to either side, and one more where a place is rounded up.
         first, end = min(max(floor(low) - 1, 0), rows - 1), min(max(floor(high) + 4, 1), rows)
@@ -340,73 +334,63 @@ class _Planes:
         cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
         return luma
 
-    def _under(self, x: int, y: int, where: F32) -> tuple[U8, U8, U8]:
-        """The parts of the new planes for the places (h, w, 2) of a box with its corner at (x, y)."""
-        bottom, right = y + where.shape[0], x + where.shape[1]
-        luma, u, v = self._to
-        half = slice(y // 2, bottom // 2), slice(x // 2, right // 2)
-        return luma[y:bottom, x:right], u[half], v[half]
-
 
 def _halved(where: F32) -> F32:
     """Places in the chroma planes, given places in luma's."""
     return where * np.float32(0.5) - np.float32(0.25)
 
 
-def _shrunk(where: F32) -> F32:
-    """Where chroma samples come from, given where the pixels do, an even number of them."""
-    size = where.shape[1] // 2, where.shape[0] // 2
-    return _halved(np.asarray(cv2.resize(where, size, interpolation=cv2.INTER_AREA), np.float32))
+def _shrunk(values: F32) -> F32:
+    """The means (..., h / 2, w / 2) of every two by two of values (..., h, w), h and w even."""
+    *count, height, width = values.shape
+    half = np.empty((*count, height // 2, width // 2), np.float32)
+    rows = half.reshape(-1, width // 2)
+    cv2.resize(values.reshape(-1, width), rows.shape[::-1], rows, interpolation=cv2.INTER_AREA)
+    return half
 
 
 def _remap(plane: npt.NDArray[Any], where: F32, how: int, to: U8 | None = None) -> npt.NDArray[Any]:
     """Onto `to` where it is given."""
-    made: npt.NDArray[Any] = cv2.remap(plane, where, None, how, to, cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    made: npt.NDArray[Any] = cv2.remap(plane, where[0], where[1], how, to, cv2.BORDER_REPLICATE)
     return made
 
 
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
     """Values (2, m) at places (2, m), in cells, onto a grid (2, height, width): smooth, and 0 far from all of them."""
-    x, y = at = np.subtract(at, 0.5, dtype=np.float64)  # what is counted with is
-    inside = np.flatnonzero((x >= 0) & (y >= 0) & (x < width - 1) & (y < height - 1))
-    at, values = at.take(inside, axis=1), values.take(inside, axis=1)
+    at = np.subtract(at, 0.5, dtype=np.float64)  # what is counted with is
+    inside = np.flatnonzero(((at >= 0) & (at < [[width - 1], [height - 1]])).all(axis=0))
+    at = at.take(inside, axis=1)
     cell = at.astype(np.intp)
-    to_x, to_y = at - cell
-    from_x, from_y = 1 - to_x, 1 - to_y
-    index = (cell[1] * width + cell[0] + np.array([[0], [1], [width], [width + 1]])).ravel()
-    share = np.stack([from_x * from_y, to_x * from_y, from_x * to_y, to_x * to_y])
-
-    def smooth(weights: F32) -> F32:
-        grid = np.bincount(index, weights.ravel(), minlength=width * height).astype(np.float32).reshape(height, width)
-        return np.asarray(cv2.GaussianBlur(grid, (7, 7), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT), np.float32)
-
-    return np.stack([smooth(share * value) for value in values]) / (smooth(share) + np.float32(0.01))
+    to_x, to_y = to = at - cell
+    from_x, from_y = 1 - to
+    share = np.array([from_x * from_y, to_x * from_y, from_x * to_y, to_x * to_y])
+    index = cell[1] * width + cell[0] + np.array([[0], [1], [width], [width + 1]])
+    # The sums of the values and that of the weights, one below the other and so far apart that they do not mix.
+    share = np.array([share, *(share * value for value in values.take(inside, axis=1))])
+    all_rows = height + _SMOOTH_REACH
+    index = index + np.arange(3)[:, None, None] * (all_rows * width)
+    sums = np.bincount(index.ravel(), share.ravel(), minlength=3 * all_rows * width).astype(np.float32)
+    size = 2 * _SMOOTH_REACH + 1
+    smooth = cv2.GaussianBlur(
+        sums.reshape(3 * all_rows, width), (size, size), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT
+    ).reshape(3, all_rows, width)[:, :height]
+    return np.asarray(smooth[1:] / (smooth[0] + np.float32(0.01)), np.float32)
 
 
 # Eyes ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Ring:
-    """The points of one eye: from the corner at the picture's left to the other, over the upper and over the lower lid."""
-
-    upper: npt.NDArray[np.intp]
-    lower: npt.NDArray[np.intp]
-    brow: npt.NDArray[np.intp]  # three of its lower edge
-    iris: npt.NDArray[np.intp]  # the middle, then four points of its rim
-    all: npt.NDArray[np.intp]  # one after the other
+def _ring(upper: tuple[int, ...], lower: tuple[int, ...], brow: tuple[int, ...], iris: int) -> tuple[int, ...]:
+    """The points of one eye: from the corner at the picture's left to the other, over the upper and over the lower lid; three of
+    the brow's lower edge; and of the iris the middle, then four points of its rim."""
+    return *upper, *lower, *brow, *range(iris, iris + 5)
 
 
-def _ring(upper: tuple[int, ...], lower: tuple[int, ...], brow: tuple[int, ...], iris: int) -> _Ring:
-    parts = np.array(upper), np.array(lower), np.array(brow), np.arange(iris, iris + 5)
-    return _Ring(*parts, np.concatenate(parts))
-
-
-_EYES = (
+_EYES = np.array((
     _ring((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133), (53, 52, 65), 468),
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
-)  # fmt: skip
-_NO_LIDS = 3 + 5  # points of a ring that are those of brow and iris
+))  # fmt: skip
+_LID, _BROW, _IRIS = 9, slice(18, 21), 21  # points of a lid, where the brow's are, and from where on the iris's
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
 _LASH = 0.08  # how far above the opening lashes reach, in eye distances,
 _LASH_SHARE = 0.6  # and at most, of the skin that moves
@@ -416,199 +400,244 @@ _BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made
 _FINE_PX = 64.0  # eyes shorter than that have the lids' curves in every pixel, others in every fourth
 _MEETS = 0.5  # of the gap, from where on the lids may meet
 _PARTS = 256  # of an eye's length, for each of which the lids' heights are told
-_PART = np.linspace(0, 1, _PARTS + 1)
+_PART = np.linspace(0, 1, _PARTS + 1)[None, None]
 _BELOW = 0.24  # how far below the lower lid its skin moves, in eye distances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Eye:
-    """How one eye opens or closes, in its own frame: x from corner to corner, 0 to 1; y down in pixels."""
+class _Eyes:
+    """How eyes (n) open or close, each in its own frame: x from corner to corner, 0 to 1; y down in pixels."""
 
-    corner: F32  # (2,)
-    across: F32  # (2,), of length 1, from corner to corner
-    down: F32  # (2,), of length 1
-    span_px: float  # from corner to corner
-    lids: F32  # (2, 2, 9): of the upper and the lower lid, x rising and y
-    close_upper: float  # of the gap
-    close_lower: float
-    above_px: float  # from the upper lid to the brow
+    corner: F32  # (2, n, 1, 1)
+    across: F32  # (2, n, 1, 1), of length 1, from corner to corner
+    down: F32  # (2, n, 1, 1), of length 1
+    span_px: F32  # (n, 1, 1), from corner to corner
+    lids: F32  # (n, 2, 2, 9): of the upper and the lower lid, x rising and y
+    closes: F32  # (2, n, 1, 1), upper and lower, of the gap
+    above_px: F32  # (n, 1, 1), from the upper lid to the brow
     scale_px: float
-    iris: F32  # (2,), its middle in the picture
-    radius_px: float
-    gaze_px: F32  # (2,)
-    reach_px: tuple[float, float, float]  # how far from its middle it moves the skin: to the sides, up and down
+    iris: F32  # (2, n, 1, 1), its middle in the picture
+    radius_px: F32  # (n, 1, 1), of 1 or more
+    gaze_px: F32  # (2, n, 1, 1)
+    reach_px: (
+        F32  # (n, 4), how far from its middle each moves the skin: to the left and up (below 0), to the right and down
+    )
 
     @classmethod
-    def of(cls, ring: _Ring, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eye | None:
-        """None where the eye has nothing to do."""
-        corner, other = points[ring.upper[0]], points[ring.upper[-1]]
-        (x, y), gaze = (other - corner).tolist(), skin[ring.iris[0]]
-        span = hypot(x, y)
-        if (np.abs(closing).max() < _LEAST and np.abs(gaze).max() < _LEAST_GAZE_PX) or span < _LEAST_FACE_PX:
-            return None
-        across, down = frame = np.array([[x, y], [-y, x]], np.float32) / np.float32(span)
-        local = (points[ring.all] - corner) @ (frame.T * np.array([1 / span, 1], np.float32))
-        lids = local[:-_NO_LIDS].reshape(2, -1, 2).transpose(0, 2, 1).copy()
-        np.maximum.accumulate(lids[:, 0], axis=1, out=lids[:, 0])
+    def of(cls, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eyes | None:
+        """Those that have something to do; None if neither has."""
+        rings = points[_EYES]
+        corner, gaze = rings[:, 0], skin[_EYES[:, _IRIS]]
+        across = rings[:, _LID - 1] - corner
+        span = np.hypot(across[:, 0], across[:, 1])
+        acts = (np.abs(closing) >= _LEAST) | (np.abs(gaze) >= _LEAST_GAZE_PX)
+        used = acts.any(axis=1) & (span >= _LEAST_FACE_PX)
+        if not used.all():
+            if not used.any():
+                return None
+            rings, corner, gaze, across, span, closing = (
+                of_each[used] for of_each in (rings, corner, gaze, across, span, closing)
+            )
+        frame = np.empty((len(span), 2, 2), np.float32)
+        frame[:, 0] = frame[:, 1, ::-1] = across / span[:, None]
+        frame[:, 1, 0] *= -1
+        local = (rings - corner[:, None]) @ frame.transpose(0, 2, 1)
+        local[..., 0] /= span[:, None]
+        lids = local[:, : 2 * _LID].reshape(-1, 2, _LID, 2).transpose(0, 1, 3, 2).copy()
+        np.maximum.accumulate(np.minimum(lids[:, :, 0], 1), axis=2, out=lids[:, :, 0])
         # The skin moves up to so far above the lid as it will be.
-        (at, upper), (at_lower, lower) = lids
-        fall = np.maximum(np.interp(at, at_lower, lower) - upper, 0) * closing[0]
-        above = float(upper[3:6].sum() - local[-_NO_LIDS:-5, 1].sum()) / 3
-        above = max(_REACH * above, 0.12 * pose.scale_px)
-        up = above + max(0.26 * span, float(max(fall.max(), 0.0) - (upper + fall).min()) + 2)
-        rim = points[ring.iris] - points[ring.iris[0]]
-        return cls(
-            corner, across, down, span, lids, float(closing[0]), float(closing[1]), above, pose.scale_px,
-            points[ring.iris[0]], float(np.hypot(rim[1:, 0], rim[1:, 1]).sum()) / 4, gaze,
-            (0.53 * span + 2, up, _BELOW * pose.scale_px + 0.2 * span),
-        )  # fmt: skip
+        upper, lower = lids[:, 0, 1], lids[:, 1, 1]
+        fall = np.maximum(lower - upper, 0) * closing[:, :1]
+        above = (upper[:, 3:6].sum(axis=1) - local[:, _BROW, 1].sum(axis=1)) * np.float32(_REACH / 3)
+        above = np.maximum(above, np.float32(0.12 * pose.scale_px))
+        highest = (upper + fall).min(axis=1)
+        up = above + np.maximum(np.float32(0.26) * span, np.maximum(fall.max(axis=1), 0) - highest + 2)
+        side = np.float32(0.53) * span + 2
+        low = np.float32(_BELOW * pose.scale_px) + np.float32(0.2) * span
+        iris = rings[:, _IRIS]
+        rim = rings[:, _IRIS + 1 :] - iris[:, None]
+        radius = np.hypot(rim[..., 0], rim[..., 1]).sum(axis=1) / 4
+        radius = np.maximum(radius, 1)
+        reach = np.array([-side, -up, side, low]).T
+        corner, across, down, closes, iris, gaze = (
+            pairs.T[..., None, None] for pairs in (corner, frame[:, 0], frame[:, 1], closing, iris, gaze)
+        )
+        span, above, radius = (values[:, None, None] for values in (span, above, radius))
+        return cls(corner, across, down, span, lids, closes, above, pose.scale_px, iris, radius, gaze, reach)
 
     @property
     def middle(self) -> F32:
-        return np.asarray(self.corner + self.across * np.float32(self.span_px / 2), np.float32)
+        """Where they are, (n, 2)."""
+        return np.asarray((self.corner + self.across * (self.span_px / 2))[..., 0, 0].T, np.float32)
 
-    def box(self, middle: F32) -> tuple[float, float, float, float]:
-        """What the eye moves if it is drawn around `middle`: x, y, x end, y end."""
-        (x, y), (side, up, low) = middle.tolist(), self.reach_px
-        return x - side, y - up, x + side, y + low
+    def boxes(self, middle: F32) -> F32:
+        """What the eyes move if they are drawn around `middle` (n, 2): x, y, x end, y end, (n, 4)."""
+        return np.concatenate([middle, middle], axis=1) + self.reach_px
 
-    def place(self, source: F32) -> tuple[_Layer, ...]:
+    def draw(self, where: F32, half: F32, cuts: list[_Cut]) -> list[_Layer]:
+        """Let the lids' skin come from where the lids are, in places of the pixels (2, h, w) and of the chroma samples
+        (2, h / 2, w / 2): in a cut of the pixels for each eye, all of one size and in fours. As :meth:`place`."""
+        places = np.array([[plane[cut] for cut in cuts] for plane in where])
+        layers = self.place(places)
+        halves = _halved(_shrunk(places))
+        for i, cut in enumerate(cuts):
+            where[:, *cut] = places[:, i]
+            half[:, *_halves(cut)] = halves[:, i]
+        return layers
+
+    def place(self, source: F32) -> list[_Layer]:
         """Let the lids' skin come from where the lids are.
 
         Args:
-            source: (h, w, 2), both in fours, places in the region as it is, so that all is found in the eye's own frame there;
-                changed.
+            source: (2, n, h, w), h and w in fours, places in the region as it is, so that all is found in each eye's own frame
+                there; changed.
 
         Returns:
             The line along which shut lids meet, and the eyeball, to be drawn over it.
         """
         y, fall, rise, seam, widest = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
-        most = max(widest * self.close_upper, 1e-3)
+        close_upper, close_lower = self.closes
+        most = np.maximum(widest * close_upper, np.float32(1e-3))
         # The lashes go along as they are and what is above them is stretched, evenly: their dark line would cover the whole lid.
-        lash = np.float32(min(_LASH * self.scale_px, _LASH_SHARE * self.above_px))
-        above = fall * -_unit((y + lash) * np.float32(1 / (self.above_px - lash + most)) + 1)
-        below = rise * _unit((seam - y) * np.float32(1 / (_BELOW * self.scale_px)) + 1)
-        upper = y < seam
-        alpha = _unit(np.minimum(y - margin, seam - y) + np.float32(0.5))
-        meets = self.close_upper + self.close_lower > _MEETS
-        if meets:  # they may be less than a pixel apart
-            alpha = np.minimum(alpha, _unit(seam - margin))
-        over, under = (self._shaded_px(-widest * closes) for closes in (self.close_upper, self.close_lower))
+        lash = np.minimum(np.float32(_LASH * self.scale_px), np.float32(_LASH_SHARE) * self.above_px)
+        up = 1 / (self.above_px - lash + most)
+        room = seam - y
+        above = fall * (y * -up - (lash * up + 1)).clip(-1, 0)
+        below = rise * _unit(room * np.float32(1 / (_BELOW * self.scale_px)) + 1)
+        upper = room > 0
+        alpha = _unit(np.minimum(y - margin, room) + np.float32(0.5))
+        meets = close_upper + close_lower > _MEETS
+        if meets.any():  # they may be less than a pixel apart
+            alpha = np.minimum(alpha, np.where(meets, _unit(seam - margin), 1))
+        opens = -widest * self.closes
+        # How much of what is seen a lid shades that is drawn back so far; 0 for one that bares nothing.
+        over, under = np.where(opens > _BARES_PX, np.minimum(np.float32(_SHADE * self.scale_px), opens), np.float32(0))
         shown = _within(alpha > 0)
-        layers: tuple[_Layer, ...] = ()
+        layers: list[_Layer] = []
         if shown is not None:
-            layers = (_Layer.of(shown, self._looking(source[shown].copy(), y[shown], seam[shown]), alpha[shown]),)
-            if over or under:
+            at = (slice(None), *shown)
+            y_shown, room_shown = y[at], room[at]
+            ball = self._looking(source[:, *at].copy(), y_shown, seam[at])
+            layers = [_Layer(shown[1].start, shown[0].start, ball, alpha[at])]
+            bares = (over > 0) | (under > 0)
+            if bares.any():
                 # What lies above the upper lid as it is or in its shade, and below the lower one.
-                hidden = (y + fall < over) | (seam - y + rise < under)
-                layers = self._bared(layers[0], hidden[shown], over, under)
-        if meets:
+                hidden = ((y_shown + fall[at] < over) | (room_shown + rise[at] < under)) & bares
+                layers = self._bared(layers[0], hidden, over, under)
+        if meets.any():
             # Where the lids meet, the pixels that both of them cover show both.
-            both = _unit(np.minimum(np.float32(0.5) - np.abs(y - seam), np.float32(1) + margin - seam))
+            both = _unit(np.minimum(np.float32(0.5) - np.abs(room), np.float32(1) + margin - seam)) * meets
             met = _within(both > 0)
             if met is not None:
-                other = np.where(upper[met], below[met], above[met])[..., None] * self.down
-                layers = (_Layer.of(met, np.asarray(source[met] + other, np.float32), both[met]), *layers)
-        skin = cv2.copyTo(above, upper.view(np.uint8), below)
-        source[..., 0] += skin * self.down[0]
-        source[..., 1] += skin * self.down[1]
+                at = (slice(None), *met)
+                other = np.where(upper[at], below[at], above[at]) * self.down
+                layers.insert(0, _Layer(met[1].start, met[0].start, source[:, *at] + other, both[at]))
+        source += np.where(upper, above, below) * self.down
         return layers
 
-    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32, float]:
-        """For places (h, w, 2), all (h, w): y against the new upper lid, how far the lids move towards each other, and where the
-        lower one's skin begins; and the widest gap. h and w are multiples of four: in large eyes the lids' curves are interpolated
-        between every fourth pixel."""
-        small = self.span_px < _FINE_PX
-        coarse = source if small else (source[1::4, 1::4] + source[2::4, 2::4]) * np.float32(0.5)
-        coarse = coarse - (self.corner - np.float32(0.5))
-        x = coarse @ (self.across / np.float32(self.span_px))
-        upper, lower = (np.interp(x, lid[0], lid[1], left=0.0, right=0.0).astype(np.float32) for lid in self.lids)
+    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32, F32]:
+        """For places (2, n, h, w), all (n, h, w): y against the new upper lid, how far the lids move towards each other, and where
+        the lower one's skin begins; and the widest gaps (n, 1, 1). h and w are multiples of four: in large eyes the lids' curves
+        are interpolated between every fourth pixel."""
+        small = float(self.span_px.min()) < _FINE_PX
+        coarse = source if small else (source[..., 1::4, 1::4] + source[..., 2::4, 2::4]) * np.float32(0.5)
+        at_x, at_y = coarse - (self.corner - np.float32(0.5))
+        (across_x, across_y), (down_x, down_y) = self.across, self.down
+        x = ((at_x * across_x + at_y * across_y) / self.span_px).clip(0, 1)
+        heights = _heights(self.lids, x.reshape(len(x), 1, -1)).reshape(-1, 2, *x.shape[1:])
+        upper, lower = heights[:, 0], heights[:, 1]
         gap = np.maximum(lower - upper, 0)
-        fall, rise = gap * np.float32(self.close_upper), gap * np.float32(self.close_lower)
+        fall, rise = gap * self.closes
         margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
         seam = np.maximum(gap - fall - rise - margin * np.float32(0.5), margin)
-        y = np.asarray(coarse @ self.down - upper - fall, np.float32)
-        widest = float(gap.max())
-        if not small:
-            size = source.shape[1::-1]
-            y, fall, rise, seam = (
-                np.asarray(cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR), np.float32)
-                for plane in (y, fall, rise, seam)
-            )
+        y = at_x * down_x + at_y * down_y - upper - fall
+        widest = gap.max(axis=(1, 2), keepdims=True)
+        if small:
+            return y, fall, rise, seam, widest
+        fine = np.empty((4, *source.shape[1:]), np.float32)
+        for planes, to in zip((y, fall, rise, seam), fine, strict=True):
+            for plane, whole in zip(planes, to, strict=True):
+                cv2.resize(plane, whole.shape[::-1], whole, interpolation=cv2.INTER_LINEAR)
+        y, fall, rise, seam = fine
         return y, fall, rise, seam, widest
 
     def _looking(self, source: F32, y: F32, room: F32) -> F32:
-        """Places (h, w, 2) of the eyeball, drawn along by the gaze (in place)."""
+        """Places (2, n, h, w) of the eyeballs, drawn along by the gaze (in place)."""
         if np.abs(self.gaze_px).max() < _LEAST_GAZE_PX:
             return source
         part = y / np.maximum(room, np.float32(1e-3))
-        x, y = self.iris + self.gaze_px - np.float32(0.5)
-        far = np.hypot(source[..., 0] - x, source[..., 1] - y) * np.float32(1 / max(self.radius_px, 1.0))
-        near = _unit((np.float32(2.6) - far) / np.float32(1.6)) * _unit(5 * np.minimum(part, 1 - part))
-        source[..., 0] -= near * self.gaze_px[0]
-        source[..., 1] -= near * self.gaze_px[1]
+        x, y = source - (self.iris + self.gaze_px - np.float32(0.5))
+        far = np.sqrt(x * x + y * y) / self.radius_px
+        near = _unit((np.float32(2.6) - far) * np.float32(1 / 1.6)) * _unit(5 * np.minimum(part, 1 - part))
+        source -= near * self.gaze_px
         return source
 
-    def _shaded_px(self, opens_px: float) -> np.float32:
-        """How much of what is seen a lid shades that is drawn back so far; 0 for one that bares nothing."""
-        return np.float32(min(_SHADE * self.scale_px, opens_px) if opens_px > _BARES_PX else 0)
-
-    def _bared(
-        self, ball: _Layer, hidden: npt.NDArray[np.bool_], over: np.float32, under: np.float32
-    ) -> tuple[_Layer, ...]:
+    def _bared(self, ball: _Layer, hidden: npt.NDArray[np.bool_], over: F32, under: F32) -> list[_Layer]:
         """Where to take what an eye that opens further shows and never showed: iris and white are the same all around the pupil, so
         it lies as far from it, at the edge of what is seen.
 
         Args:
-            ball: the eyeball as it is.
-            hidden: (h, w) which of its pixels lie under the lids, or in their shade.
-            over, under: how many pixels of what is seen the upper and the lower lid shade.
+            ball: the eyeballs as they are.
+            hidden: (n, h, w) which of its pixels lie under the lids, or in their shade.
+            over, under: (n, 1, 1) how many pixels of what is seen the upper and the lower lid shade.
 
         Returns:
-            The eyeball with what is hidden taken from the left of the iris and, to be mixed in, what comes from the right.
+            The eyeballs with what is hidden taken from the left of the iris and, to be mixed in, what comes from the right.
         """
         bared = _within(hidden)
         if bared is None:
-            return (ball,)
-        hidden, source = np.ascontiguousarray(hidden[bared]), ball.where[bared]
-        origin = self.corner - np.float32(0.5)
-        at_x, at_y = source[..., 0] - origin[0], source[..., 1] - origin[1]
-        x = at_x * self.across[0] + at_y * self.across[1]
-        y = at_x * self.down[0] + at_y * self.down[1]
-        iris = self.iris - self.corner
-        cx, cy = np.float32(iris @ self.across), np.float32(iris @ self.down)
-        upper, lower = (np.interp(_PART, *lid).astype(np.float32) for lid in self.lids)
+            return [ball]
+        at = (slice(None), *bared)
+        hidden, source = np.ascontiguousarray(hidden[at]), ball.where[:, *at]
+        # All in the eye's frame and, from here on, about the pupil.
+        pupil = self.iris - np.float32(0.5)
+        (across_x, across_y), (down_x, down_y) = self.across, self.down
+        at_x, at_y = source - pupil
+        dx, dy = at_x * across_x + at_y * across_y, at_x * down_x + at_y * down_y
+        to_x, to_y = self.iris - self.corner
+        cx, cy = to_x * across_x + to_y * across_y, to_x * down_x + to_y * down_y
+        upper, lower = (_heights(self.lids, _PART) - cy).transpose(1, 0, 2)[..., None]
         middle = (upper + lower) * np.float32(0.5)
         top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
-        to_part = np.float32(_PARTS / self.span_px)
         # How high a circle around the pupil meets the lid; the lids are nearly level there.
-        at = min(max(int(cx * to_part), 0), _PARTS)
-        dx, dy = x - cx, y - cy
-        level = np.where(dy < 0, top[at] - cy, low[at] - cy)
+        to_part = _PARTS / self.span_px
+        first = np.arange(len(top))[:, None, None] * (_PARTS + 1)
+        index = (cx * to_part).astype(np.intp).clip(0, _PARTS) + first
+        level = np.where(dy < 0, top.take(index), low.take(index))
         reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
-        radius = np.float32(max(self.radius_px, 1.0))
-        aside = _unit(np.abs(dx) / radius - 1)  # far from the iris all is white, and there is no further
-        to = np.stack([cx - reach, cx + reach]).clip(np.float32(0.1 * self.span_px), np.float32(0.9 * self.span_px))
-        to += (x - to) * aside
-        index = (to * to_part).astype(np.intp)
-        height = np.minimum(np.maximum(y, top.take(index, mode="clip")), low.take(index, mode="clip"))
-        new_x, new_y = (origin[axis] + to * self.across[axis] + height * self.down[axis] for axis in (0, 1))
-        where, right = ball.where.copy(), source.copy()
-        for places, axes in zip((where[bared], right), zip(new_x, new_y, strict=True), strict=True):
-            cv2.copyTo(cv2.merge(axes), hidden.view(np.uint8), places)
-        share = _unit(dx / radius + np.float32(0.5))
-        share = ball.alpha[bared] * share * share * (3 - 2 * share)
+        far = dx / self.radius_px
+        aside = _unit(np.abs(far) - 1)  # far from the iris all is white, and there is no further
+        left, right = np.float32(0.1) * self.span_px - cx, np.float32(0.9) * self.span_px - cx
+        to = np.array([-reach, reach]).clip(left, right)
+        to += (dx - to) * aside
+        index = ((to + cx) * to_part).astype(np.intp).clip(0, _PARTS) + first
+        height = np.minimum(np.maximum(dy, top.take(index)), low.take(index))
+        new = np.array([to * across_x + height * down_x, to * across_y + height * down_y])
+        new += pupil[:, None]
+        where, other = ball.where.copy(), source.copy()
+        np.copyto(where[:, *at], new[:, 0], where=hidden)
+        np.copyto(other, new[:, 1], where=hidden)
+        share = _unit(far + np.float32(0.5))
+        share = ball.alpha[at] * share * share * (3 - 2 * share) * hidden.any(axis=(1, 2), keepdims=True)
         rows, columns = bared
-        return replace(ball, where=where), _Layer(ball.x + columns.start, ball.y + rows.start, right, share)
+        return [
+            _Layer(ball.x, ball.y, where, ball.alpha),
+            _Layer(ball.x + columns.start, ball.y + rows.start, other, share),
+        ]
 
 
-_Cut = tuple[slice, slice]
+def _heights(lids: F32, x: npt.NDArray[np.floating]) -> F32:
+    """Of upper and lower lid (n, 2, 2, 9) at places between the corners (n or 1, 1, k): (n, 2, k)."""
+    # All curves one after the other: each begins and ends at 0.
+    first = 2 * np.arange(2 * len(lids)).reshape(-1, 2, 1)
+    heights = np.interp(x + first, (lids[:, :, 0] + first).ravel(), lids[:, :, 1].ravel())
+    return np.asarray(heights, np.float32)
 
 
-def _within(mask: npt.NDArray[np.bool_]) -> _Cut | None:
-    """Rows and columns, from and to even ones, around what is set; None where nothing is."""
-    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+def _within(masks: npt.NDArray[np.bool_]) -> _Cut | None:
+    """Rows and columns, from and to even ones, around what is set in any of the masks (n, h, w); None where nothing is."""
+    x, y, width, height = cv2.boundingRect(np.bitwise_or.reduce(masks, axis=0).view(np.uint8))
     if not width:
         return None
     return slice(y // 2 * 2, -(-(y + height) // 2) * 2), slice(x // 2 * 2, -(-(x + width) // 2) * 2)
@@ -616,17 +645,13 @@ def _within(mask: npt.NDArray[np.bool_]) -> _Cut | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """What is drawn over an eye: its place in the eye's box, where it comes from, and how much of it shows."""
+    """What is drawn over eyes (n): its place in their cuts, where it comes from (2, n, h, w), and how much of it shows
+    (n, h, w)."""
 
     x: int
     y: int
     where: F32
     alpha: F32
-
-    @classmethod
-    def of(cls, cut: _Cut, where: F32, alpha: F32) -> _Layer:
-        """Of a cut out of the eye's box."""
-        return cls(cut[1].start, cut[0].start, where, alpha)
 
 
 def _unit(values: F32) -> F32:
