@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
+from math import ceil, floor
 from typing import Protocol, TypeVar
 
 import cv2
@@ -97,9 +98,9 @@ class Region:
     def around(cls, points_px: F32, margin_px: float, width_px: int, height_px: int) -> Region | None:
         """The smallest region that holds `points_px` (n, 2+) and `margin_px` more, within the picture; None if empty."""
         x, y = points_px[:, 0], points_px[:, 1]
-        x0, y0 = (max(int(np.floor(v.min() - margin_px)) // 2 * 2, 0) for v in (x, y))
+        x0, y0 = (max(floor(float(v.min()) - margin_px) // 2 * 2, 0) for v in (x, y))
         x1, y1 = (
-            min(-(-int(np.ceil(v.max() + margin_px)) // 2) * 2, limit) for v, limit in ((x, width_px), (y, height_px))
+            min(-(-ceil(float(v.max()) + margin_px) // 2) * 2, limit) for v, limit in ((x, width_px), (y, height_px))
         )
         return cls(x0, y0, x1 - x0, y1 - y0) if x1 - x0 >= 2 and y1 - y0 >= 2 else None
 

@@ -76,9 +76,12 @@ class ExpressionBasis:
     def closing(self, controls: F32) -> F32:
         """By how much of its gap each lid moves, (2, 2) as :attr:`lids`; no eye closes further than shut."""
         eased = _eased(controls, 7 / 15)  # an eye half shut looks like a squint
-        lids = (eased @ self.lids.reshape(BLENDSHAPES, -1)).reshape(2, 2)
-        total = lids.sum(axis=1, keepdims=True)
-        return np.asarray(np.where(total > 1, lids / np.maximum(total, 1e-6), np.maximum(lids, -_MAX_WIDE)), np.float32)
+        closes = (eased @ self.lids.reshape(BLENDSHAPES, -1)).tolist()
+        for upper in (0, 2):
+            lids = closes[upper : upper + 2]
+            total = sum(lids)
+            closes[upper : upper + 2] = [lid / total if total > 1 else max(lid, -_MAX_WIDE) for lid in lids]
+        return np.array(closes, np.float32).reshape(2, 2)
 
 
 _MAX_WIDE = 0.7  # of its gap, how far a lid may be raised

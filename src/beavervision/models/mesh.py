@@ -101,14 +101,16 @@ def _stable() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
 def fit_pose(points_px: F32) -> Pose:
     """The pose of a face with `points_px` (478, 3): least squares over :data:`STABLE` (Umeyama, 1991)."""
     target = points_px[STABLE].astype(np.float64)
-    mean_t = target.sum(axis=0) / len(STABLE)
+    mean_t = np.add.reduce(target) / len(STABLE)
     s, mean_s, spread = _stable()
     # OpenCV's functions for small matrices are several times as fast as NumPy's.
     d, u, vt = cv2.SVDecomp((target - mean_t).T @ s)
-    d = d[:, 0]
-    sign = np.array([1.0, 1.0, np.sign(cv2.determinant(u @ vt))])
-    rotation = (u * sign) @ vt
-    scale = float((d * sign).sum() / spread)
+    d = d.ravel().tolist()
+    if cv2.determinant(u @ vt) < 0:
+        u[:, 2] *= -1
+        d[2] *= -1
+    rotation = u @ vt
+    scale = sum(d) / spread
     shift = mean_t - scale * (rotation @ mean_s)
     return Pose(rotation.astype(np.float32), scale, shift.astype(np.float32))
 
