@@ -223,8 +223,9 @@ def between_pixels(matrix: _Matrix, pixel_px: tuple[float, float] = (1, 1)) -> _
     precision is that of `matrix`.
     """
     between = matrix.copy()
-    between[:, :2] *= np.asarray(pixel_px, matrix.dtype)
-    between[:, 2] += between[:, :2].sum(axis=1) / 2 - 0.5
+    if pixel_px != (1, 1):
+        between[:, :2] *= np.asarray(pixel_px, matrix.dtype)
+    between[:, 2] += (between[:, 0] + between[:, 1]) / 2 - 0.5
     return between
 
 

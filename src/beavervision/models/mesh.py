@@ -53,15 +53,15 @@ class Pose:
 
     def to_picture(self, points: F32) -> F32:
         """Pose-free points (..., 3) to picture pixels (..., 3)."""
-        return (self.scale_px * (points @ self.rotation.T) + self.shift_px).astype(np.float32)
+        return np.asarray(self.scale_px * (points @ self.rotation.T) + self.shift_px, np.float32)
 
     def to_face(self, points_px: F32) -> F32:
         """Picture pixels (..., 3) to pose-free points (..., 3)."""
-        return ((points_px - self.shift_px) @ self.rotation / self.scale_px).astype(np.float32)
+        return np.asarray((points_px - self.shift_px) @ self.rotation / self.scale_px, np.float32)
 
     def vector_to_picture(self, vectors: F32) -> F32:
         """Displacements in the pose-free frame (..., 3) to displacements in pixels (..., 3)."""
-        return (self.scale_px * (vectors @ self.rotation.T)).astype(np.float32)
+        return np.asarray(self.scale_px * (vectors @ self.rotation.T), np.float32)
 
     @property
     def yaw_deg(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +18,8 @@ _STILL_PX = 1 / 64  # to which OpenCV rounds places
 _TORN_PX = 0.3  # between the offsets of upper and lower edge: less is no tear
 _REACH = 2  # cells around the mouth's opening in which its sides are told apart
 _STRIP_PX = 48  # height of the boxes in which pixels are moved, about
+_NEXT = np.ones((3, 3), np.uint8)  # a cell and those next to it
+_BETWEEN = np.zeros(1, np.int8)  # the side of no triangle
 
 _Indices = npt.NDArray[np.intp]
 _Box = tuple[slice, slice]  # rows and columns
@@ -39,12 +40,12 @@ class Opening:
 class Flow:
     """Where the samples of a region (h, w) come from.
 
-    luma (h, w) and chroma (h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of the
-    first. Luma outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
+    luma (2, h, w) and chroma (2, h/2, w/2) are the places to take them from, along x and along y, 0 being the middle of
+    the first. Luma outside of the boxes `moving` stays as it is. mask (h, w), 0 to 255, is soft around what moves.
     """
 
-    luma: tuple[F32, F32]
-    chroma: tuple[F32, F32]
+    luma: F32
+    chroma: F32
     moving: tuple[_Box, ...]
     mask: U8
 
@@ -59,29 +60,29 @@ def triangle_flow(source_px: F32, target_px: F32, triangles: _Indices, opening: 
     step = max(1, round(max(size) / _GRID))
     columns, rows = (-(-side // step) for side in size)
     target, offset = np.ascontiguousarray(target_px.T), np.ascontiguousarray((source_px - target_px).T)
-    moved = (np.abs(offset).max(axis=0) > _MOVED_PX)[triangles.T].any(axis=0)
+    moved = (np.maximum(*np.abs(offset)) > _MOVED_PX)[triangles.T].any(axis=0)
     offsets, owner = _raster(target / np.float32(step), offset, triangles[moved], (columns, rows))
-    x_px, y_px, *chroma = (
-        _places(offsets[1 - axis], step, 0, axis, pixel_px)[: size[1] // pixel_px, : size[0] // pixel_px]
+    luma, chroma = (
+        interpolated(places_of_cells(offsets, step, pixel_px=pixel_px), step, pixel_px)[
+            :, : size[1] // pixel_px, : size[0] // pixel_px
+        ]
         for pixel_px in (1, 2)
-        for axis in (1, 0)
     )
-    moving = np.abs(offsets).max(axis=0) > _STILL_PX
+    moving = np.maximum(*np.abs(offsets)) > _STILL_PX
     if np.abs(offset[:, opening.upper] - offset[:, opening.lower]).max() > _TORN_PX:
-        side = np.append(opening.side[moved], np.int8(0))[owner]
-        cells = _part((x_px, y_px), offsets, side, target_px[opening.upper], target_px[opening.lower], step)
+        side = np.concatenate([opening.side[moved], _BETWEEN])[owner]
+        cells = _part(luma, offsets, side, target_px[opening.upper], target_px[opening.lower], step)
         moving[cells] = True
-        box = tuple(slice(c.start * step // 2, c.stop * step // 2) for c in cells)
-        for places, half in zip((x_px, y_px), chroma, strict=True):
-            np.multiply(places[::2, ::2][box], np.float32(0.5), out=half[box])
-    moving = cv2.dilate(moving.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0  # places are interpolated
+        box = (slice(None), *(slice(c.start * step // 2, c.stop * step // 2) for c in cells))
+        np.multiply(luma[:, ::2, ::2][box], np.float32(0.5), out=chroma[box])
+    moving = cv2.dilate(moving.view(np.uint8), _NEXT) > 0  # places are interpolated
     # Half cells, for an edge that does not widen with them.
-    owned = np.where(owner < 0, np.uint8(0), np.uint8(255))
+    owned = (owner >= 0).view(np.uint8) * np.uint8(255)
     inside = cv2.resize(owned, (2 * columns, 2 * rows), interpolation=cv2.INTER_NEAREST)
-    soft = cv2.GaussianBlur(cv2.erode(inside, np.ones((3, 3), np.uint8)).astype(np.float32), (0, 0), 1.5)
+    soft = cv2.GaussianBlur(cv2.erode(inside, _NEXT).astype(np.float32), (0, 0), 1.5)
     mask = cv2.resize(soft.astype(np.uint8), (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
     mask = mask[: size[1], : size[0]]
-    return Flow((x_px, y_px), (chroma[0], chroma[1]), tuple(_boxes(moving, step)), np.asarray(mask, np.uint8))
+    return Flow(luma, chroma, tuple(_boxes(moving, step)), np.asarray(mask, np.uint8))
 
 
 def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
@@ -90,53 +91,43 @@ def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
     high = max(1, round(_STRIP_PX / step))
     strips = np.zeros((-(-rows // high) * high, columns + 2), np.int8)
     strips[:rows, 1:-1] = moving
-    edges = np.diff(strips.reshape(-1, high, columns + 2).max(axis=1), axis=1)
-    begins, ends = np.argwhere(edges > 0).tolist(), np.argwhere(edges < 0).tolist()
-    for (strip, first), (_, end) in zip(begins, ends, strict=True):
+    edges = strips.reshape(-1, high, columns + 2).max(axis=1)
+    edges = edges[:, 1:] - edges[:, :-1]
+    (of, begins), (_, ends) = np.nonzero(edges > 0), np.nonzero(edges < 0)
+    for strip, first, end in zip(of.tolist(), begins.tolist(), ends.tolist(), strict=True):
         yield np.s_[strip * high * step : (strip + 1) * high * step, first * step : end * step]
 
 
-def places_of_cells(offsets_px: F32, step: int, left: int = 0, top: int = 0) -> F32:
+def places_of_cells(offsets_px: F32, step: int, left: int = 0, top: int = 0, pixel_px: int = 1) -> F32:
     """The places (along x and along y) to take the middles of cells (2, h, w) of `step` pixels from, given how far away those are,
-    the first cell with its corner at (`left`, `top`); and of one cell more on each side, (2, h + 2, w + 2).
+    the first cell with its corner at (`left`, `top`); in samples of `pixel_px` pixels, 1 or 2, and of as many cells more on each
+    side, (2, h + 2, w + 2) or more: whole samples.
 
     Places are to be interpolated, not offsets: what is linear comes out exactly.
     """
     _, rows, columns = offsets_px.shape
-    cells = np.empty((2, rows + 2, columns + 2), np.float32)
+    below, right = pixel_px + rows % pixel_px, pixel_px + columns % pixel_px
+    cells = np.empty((2, pixel_px + rows + below, pixel_px + columns + right), np.float32)
     for offsets, padded in zip(offsets_px, cells, strict=True):  # up to the edge, not the last middle
-        cv2.copyMakeBorder(offsets, 1, 1, 1, 1, cv2.BORDER_REPLICATE, padded)
-    cells[0] += _middles(columns + 2, step, left)
-    cells[1] += _middles(rows + 2, step, top)[:, None]
+        cv2.copyMakeBorder(offsets, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE, padded)
+    if pixel_px > 1:
+        cells *= np.float32(1 / pixel_px)
+    # The middles of the cells, of which `pixel_px` lie before the corner.
+    _, rows, columns = cells.shape
+    at = np.arange(max(rows, columns), dtype=np.float32) * np.float32(step / pixel_px)
+    x, y = (((0.5 - pixel_px) * step + corner) / pixel_px - 0.5 for corner in (left, top))
+    cells[0] += at[:columns] + np.float32(x)
+    cells[1] += (at[:rows] + np.float32(y))[:, None]
     return cells
 
 
-def interpolated(cells: F32, step: int) -> F32:
-    """For each pixel of all but the outer cells (2, h + 2, w + 2) its place, (2, h * step, w * step)."""
+def interpolated(cells: F32, step: int, pixel_px: int = 1) -> F32:
+    """For each sample of all but the outer cells of :func:`places_of_cells` its place, (2, h * step, w * step) for pixels."""
     _, rows, columns = cells.shape
-    places = np.empty((2, rows * step, columns * step), np.float32)
+    places = np.empty((2, rows * step // pixel_px, columns * step // pixel_px), np.float32)
     for coarse, fine in zip(cells, places, strict=True):  # remapping with x and y apart is faster
         cv2.resize(coarse, fine.shape[::-1], fine, interpolation=cv2.INTER_LINEAR)
     return places[:, step:-step, step:-step]
-
-
-def _places(offsets_px: Any, step: int, first: int, axis: int, pixel_px: int = 1) -> F32:
-    """As :func:`interpolated` of :func:`places_of_cells`, but along `axis` alone, 0 for y and 1 for x (OpenCV is faster with
-    them apart), and for samples of `pixel_px` pixels, in such samples; for those of the cells and some to the right and below.
-    """
-    below, right = (pixel_px + side % pixel_px for side in offsets_px.shape)  # whole samples
-    cells: Any = cv2.copyMakeBorder(offsets_px, pixel_px, below, pixel_px, right, cv2.BORDER_REPLICATE)
-    rows, columns = cells.shape
-    middles = _middles(cells.shape[axis], step, first, pixel_px)
-    cells = cells * np.float32(1 / pixel_px) + (middles if axis == 1 else middles[:, None])
-    size = (columns * step // pixel_px, rows * step // pixel_px)
-    return np.asarray(cv2.resize(cells, size, interpolation=cv2.INTER_LINEAR)[step:, step:], np.float32)
-
-
-def _middles(count: int, step: int, first: int, pixel_px: int = 1) -> F32:
-    """Of so many cells of `step` pixels, in samples of `pixel_px`; so many of them lie before `first`."""
-    at_px = (np.arange(count, dtype=np.float32) + np.float32(0.5 - pixel_px)) * step + np.float32(first)
-    return at_px * np.float32(1 / pixel_px) - np.float32(0.5)
 
 
 def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, int]) -> tuple[F32, _Indices]:
@@ -159,15 +150,20 @@ def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, 
     area = abx * acy - aby * acx
     first, rows = _reached(ay, cy, height)
     rows[np.abs(area) <= 1e-4] = 0
+    over = np.array([aby, acy - aby, acy, area])  # to divide by
+    over[over == 0] = 1
+    upper, lower, longest = np.array([abx, acx - abx, acx]) / over[:3]
     # Each row of each triangle: where it enters and leaves it, on the edge from top to bottom and on one of the others.
     of = np.repeat(np.arange(len(rows)), rows)
     row = _counted(first, rows, of)
     middle = row.astype(np.float32)
-    y = np.minimum(np.maximum(middle, ay[of]), cy[of])
-    below_b = y - by[of]
-    upper, lower, longest = abx / _over(aby), (acx - abx) / _over(acy - aby), acx / _over(acy)
-    edge = ax[of] + (y - ay[of]) * longest[of]
-    other = bx[of] + below_b * np.where(below_b < 0, upper[of], lower[of])
+    ax_of, ay_of, bx_of, by_of, cy_of, upper, lower, longest = np.array(
+        [ax, ay, bx, by, cy, upper, lower, longest]
+    ).take(of, axis=1)
+    y = np.minimum(np.maximum(middle, ay_of), cy_of)
+    below_a, below_b = y - ay_of, y - by_of
+    edge = ax_of + below_a * longest
+    other = bx_of + below_b * np.where(below_b < 0, upper, lower)
     left, right = np.minimum(edge, other), np.maximum(edge, other)
     begin, cells = _reached(left, right, width)
     at = np.repeat(np.arange(len(of)), cells)
@@ -187,14 +183,15 @@ def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, 
     owner[held] = mine = of[at]
     # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
     from_x = np.minimum(np.maximum(x[which].astype(np.float32), left[at]), right[at]) - ax[mine]
-    from_y = (y - ay[of])[at]
-    found, area = np.zeros((2, width * height), np.float32), _over(area)
-    for values, offset in zip(found, offsets_px, strict=True):
-        offset = offset[order]
-        start = offset[a]
-        to_b, to_c = offset[b] - start, offset[c] - start
-        across, along = (to_b * acy - to_c * aby) / area, (to_c * abx - to_b * acx) / area
-        values[held] = start[mine] + across[mine] * from_x + along[mine] * from_y
+    from_y = below_a[at]
+    offset = offsets_px.take(order, axis=1)
+    start = offset.take(a, axis=1)
+    to_b, to_c = offset.take(b, axis=1) - start, offset.take(c, axis=1) - start
+    across, along = (to_b * acy - to_c * aby) / over[3], (to_c * abx - to_b * acx) / over[3]
+    start, across, along = np.array([start, across, along]).take(mine, axis=2)
+    found = np.zeros((2, width * height), np.float32)
+    for values, told in zip(found, start + across * from_x + along * from_y, strict=True):
+        values[held] = told
     return found.reshape(2, height, width), owner.reshape(height, width)
 
 
@@ -210,14 +207,7 @@ def _counted(first: _Indices, counts: _Indices, of: _Indices) -> _Indices:
     return np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
 
 
-def _over(values: F32) -> F32:
-    """To divide by."""
-    return np.where(values == 0, np.float32(1), values)
-
-
-def _part(
-    places: tuple[F32, F32], offsets_px: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int
-) -> _Box:
+def _part(places: F32, offsets_px: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> _Box:
     """Let upper and lower lip each go on as they move (in place) over the opening, up to its middle: halfway between a cell of the
     one and a cell of the other pixels would be taken from what lay between the lips.
 
@@ -239,17 +229,19 @@ def _part(
     below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), shape)
     reach = 2 * _REACH * step + 1
     near = np.asarray(cv2.dilate(filled(edges - origin, shape), np.ones((reach, reach), np.uint8)), np.uint8)
-    boxes = [of[top * step : bottom * step, left * step : right * step] for of in places]
-    rows, columns = boxes[0].shape
+    boxes = places[:, top * step : bottom * step, left * step : right * step]
+    rows, columns = boxes.shape[1:]
+    offsets = offsets_px[:, *cells]
     for one, here in ((1, near & ~below), (-1, near & below)):
         of_one = (side[cells] == one).astype(np.float32)
         share = cv2.blur(of_one, (5, 5))
         own = (of_one > 0) | (share <= 0)
         share = np.maximum(share, np.float32(1e-6))
-        for axis, first, of, box in ((1, left, offsets_px[0], boxes[0]), (0, top, offsets_px[1], boxes[1])):
-            whole = np.where(own, of[cells], cv2.blur(of[cells] * of_one, (5, 5)) / share)
-            fine = _places(whole, step, first * step, axis)
-            cv2.copyTo(fine[:rows, :columns], here[:rows, :columns], box)
+        near_one = np.array([cv2.blur(of * of_one, (5, 5)) for of in offsets])
+        whole = np.where(own, offsets, near_one / share)
+        fine = interpolated(places_of_cells(whole, step, left * step, top * step), step)
+        for moved, box in zip(fine, boxes, strict=True):
+            cv2.copyTo(moved[:rows, :columns], here[:rows, :columns], box)
     return cells
 
 
@@ -271,6 +263,8 @@ def warped(picture: Picture, region: Region, flow: Flow) -> tuple[U8, U8, U8]:
     x_px, y_px = flow.luma
     for box in flow.moving:
         moved = cv2.remap(floats, x_px[box], y_px[box], cv2.INTER_CUBIC, borderMode=edge)
-        cv2.add(moved, 0.0, dst=luma[box], dtype=cv2.CV_8U)  # type: ignore[call-overload]
-    moved_u, moved_v = (cv2.remap(plane, *flow.chroma, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))
+        cv2.threshold(moved, 0, 0, cv2.THRESH_TOZERO, moved)  # what cubic interpolation left below black
+        cv2.convertScaleAbs(moved, luma[box])
+    x_px, y_px = flow.chroma
+    moved_u, moved_v = (cv2.remap(plane, x_px, y_px, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))
     return luma, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)

@@ -291,6 +291,8 @@ class _Topology:
         The average face tells, for in the face's own the lips fold over themselves whenever they close.
         """
         hidden = (self.normals @ pose.rotation[2] > 0) & (self.normals[:, 2] < 0)
+        if not hidden.any():
+            return self.triangles, self.opening
         return self.triangles[~hidden], replace(self.opening, side=self.opening.side[~hidden])
 
 
@@ -419,7 +421,7 @@ def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> U8:
     """Coverage 0..255 (h, w) of a polygon given in continuous coordinates, moved outwards by `grow_px`."""
     if grow_px:
         outward = points - points.mean(axis=0)
-        points = points + grow_px * outward / (np.linalg.norm(outward, axis=1, keepdims=True) + 1e-6)
+        points = points + grow_px * outward / (np.sqrt((outward * outward).sum(axis=1, keepdims=True)) + 1e-6)
     mask = np.zeros((size[1], size[0]), np.uint8)
     cv2.fillPoly(mask, [np.round((points - 0.5) * 16).astype(np.int32)], 255, lineType=cv2.LINE_AA, shift=4)
     return mask
