@@ -419,9 +419,7 @@ class _Eyes:
     iris: F32  # (2, n, 1, 1), its middle in the picture
     radius_px: F32  # (n, 1, 1), of 1 or more
     gaze_px: F32  # (2, n, 1, 1)
-    reach_px: (
-        F32  # (n, 4), how far from its middle each moves the skin: to the left and up (below 0), to the right and down
-    )
+    reach_px: F32  # (n, 4), how far from its middle each moves the skin: left and up, both below 0, right and down
 
     @classmethod
     def of(cls, points: F32, skin: F32, closing: F32, pose: Pose) -> _Eyes | None:
@@ -629,7 +627,7 @@ class _Eyes:
 
 def _heights(lids: F32, x: npt.NDArray[np.floating]) -> F32:
     """Of upper and lower lid (n, 2, 2, 9) at places between the corners (n or 1, 1, k): (n, 2, k)."""
-    # All curves one after the other: each begins and ends at 0.
+    # All curves one after the other, two apart.
     first = 2 * np.arange(2 * len(lids)).reshape(-1, 2, 1)
     heights = np.interp(x + first, (lids[:, :, 0] + first).ravel(), lids[:, :, 1].ravel())
     return np.asarray(heights, np.float32)
