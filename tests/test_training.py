@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -178,7 +179,7 @@ def test_the_sync_scorer_learns_and_says_where_it_cannot_be_measured(
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_recipe_runs_from_packed_clips_to_files(
-    data: Path, basis: MotionBasis, tmp_path: Path, machine: Machine
+    data: Path, basis: MotionBasis, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, out = tmp_path / "weights", tmp_path / "out"
     motion.write_basis(basis, weights / "beaver_basis.npz")
@@ -186,7 +187,7 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     pcm = talker(9)[2].astype(np.float32) / 32768
     rows = clips.LOG_MEL.rows(pcm)
     classes = np.arange(len(rows) // 2) // 5 % len(voices.Viseme)
-    said = [voices.Spoken(pcm, rows, classes, np.ones(len(classes), np.float32))] * 2
+    said = [voices.Spoken(pcm, rows, classes, np.ones(len(classes), np.float32), kokoro) for kokoro in (True, False)]
     voices.save(said, data / "voices.npz")
     taught = {
         name: lessons.Lesson(np.zeros((n, motion.BASIS_SIZE)), np.zeros((n, lessons.COMPONENTS)), 0.02)
@@ -194,8 +195,9 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     }
     lessons.write_lessons(taught, data / "taught.npz")
     spoken = voices.load(data / "voices.npz")
+    assert [s.kokoro for s in spoken] == [True, False]
     options = motion.Options(
-        heads=("words", f"phones+rows{motion.PLAIN}"),
+        heads=(motion.Kind("words", kokoro=False), motion.Kind("phones+rows", plain=True)),
         iterations=2,
         batch=2,
         synthetic=2,
@@ -212,7 +214,18 @@ def test_the_recipe_runs_from_packed_clips_to_files(
         hears,
         options,
     )
+    learned_from: list[list[bool]] = []
+    examples = motion.Examples
+
+    def kept(sounds: list[motion.Sound], *args: Any, **options: Any) -> motion.Examples:
+        learned_from.append([sound.kokoro for sound in sounds])
+        return examples(sounds, *args, **options)
+
+    monkeypatch.setattr(motion, "Examples", kept)
     net = motion.train(motions[:2], material, hears, readout, options, machine)
+    assert learned_from[1::3] == [[False], [True, False]], (
+        "synthetic speech for a head without Kokoro, and for one with"
+    )
     torch.save(net.state_dict(), weights / "motion.pt")
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
     assert motions[0].lag_s == 0.02
@@ -238,17 +251,21 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     assert states.shape == (1, 7 + MotionHead.context_steps, 128)
 
 
-def test_a_head_for_shapes_tells_nothing_of_the_opening(basis: MotionBasis) -> None:
+def test_heads_count_in_the_opening_and_in_all_else_as_their_kinds_say(basis: MotionBasis) -> None:
     torch.manual_seed(0)
     readout = motion.Readout.of(basis)
-    kinds = ("words+phones", "words", "phones+rows")
-    heads = [MotionHead(len(basis.shapes), 16, hears=kind).eval() for kind in kinds]
+    kinds = (
+        motion.Kind("words+phones", opening=2),
+        motion.Kind("words"),
+        motion.Kind("phones+rows", opening=0, rest=2),
+    )
+    heads = [MotionHead(len(basis.shapes), 16, hears=kind.hears).eval() for kind in kinds]
     features = torch.randn(2, FEATURES, 20 + MotionHead.context_steps)
     with torch.no_grad():
         apart = [head(features) for head in heads]
-        motion.share_out(heads, [False, False, True], readout)
+        motion.share_out(heads, kinds, readout)
         told = torch.stack([head(features) for head in heads]).mean(dim=0)
-    opening = sum(apart[:2]) / 2 @ readout.gap
+    opening = (2 * apart[0] + apart[1]) / 3 @ readout.gap
     assert torch.allclose(told @ readout.gap, opening, atol=1e-4)
     all_else = (apart[0] + apart[1] + 2 * apart[2]) / 4
     opens = readout.gap / readout.gap.square().sum()

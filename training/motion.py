@@ -24,7 +24,6 @@ from beavervision.media import F32
 from beavervision.models.basis import MotionBasis
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP
 from beavervision.models.nets.beaver import (
-    HEARS,
     MEL_BINS,
     MEL_PER_STEP,
     MotionHead,
@@ -83,9 +82,6 @@ class Readout:
 _BEFORE_STEPS = 20  # of silence that is heard before and after each sound
 _PIECE = 250  # steps that are varied alike
 _PLAIN = 0.15  # how often a sound is taken as it is
-PLAIN = "/plain"  # after what a head hears: it takes every sound as it is
-SHAPES = "phones+rows"  # who hears these follows the width of a mouth better than others do, and its opening worse,
-_SHAPES_SHARE = 2.0  # and so tells nothing of the opening and counts so much in all else
 _STILL_WINDOWS = 64
 
 
@@ -149,6 +145,7 @@ class Sound:
     weight: F32
     classes: npt.NDArray[np.int64]
     beyond: float = 0.0  # how far silence before and after it counts
+    kokoro: bool = False
 
 
 class Examples:
@@ -213,7 +210,7 @@ def said_sound(spoken: Spoken, lesson: Lesson, heard: list[Heard]) -> Sound:
     values = _joined(lesson, len(spoken.classes))
     speaks = (spoken.classes != Viseme.SILENCE).astype(np.float32)
     values[:, :BASIS_SIZE] *= np.convolve(np.pad(speaks, 2, mode="edge"), np.full(5, 0.2), "valid")[:, None]
-    return Sound(heard, values, spoken.centred, spoken.classes, beyond=1.0)
+    return Sound(heard, values, spoken.centred, spoken.classes, beyond=1.0, kokoro=spoken.kokoro)
 
 
 def recorded_sound(rows: F32, lesson: Lesson, heard: list[Heard]) -> Sound:
@@ -349,11 +346,33 @@ def articulation_loss(out: Tensor, classes: Tensor, weight: Tensor, readout: Rea
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """One head: what it hears, of :data:`beavervision.models.nets.beaver.HEARS`; whether it takes every sound as it is; whether it
+    also learns from the voices of Kokoro; and how much it counts in the opening of the mouth and in all else."""
+
+    hears: str
+    plain: bool = False
+    kokoro: bool = True
+    opening: float = 1.0
+    rest: float = 1.0
+
+
+# Those that learn from Kokoro close the lips more often, those that do not follow people better. Who hears phones and plain rows
+# follows the width of a mouth better than others do, and its opening worse.
+HEADS = (
+    Kind("words+phones", opening=2),
+    Kind("words+phones", plain=True, opening=2),
+    Kind("words", kokoro=False),
+    Kind("phones+rows", plain=True, kokoro=False, opening=0, rest=2),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
-    heads: tuple[str, ...] = ("words+phones", f"words+phones{PLAIN}", "words", f"{SHAPES}{PLAIN}")  # what each hears
+    heads: tuple[Kind, ...] = HEADS
     iterations: int = 1000
     batch: int = 12
-    synthetic: int = 6
+    synthetic: int = 8
     recorded: int = 12
     variants: int = 8  # of each clip; of synthetic speech half as many, of recordings a quarter
     channels: int = 128
@@ -432,12 +451,13 @@ def train_head(
     device = machine.device
     readout = readout.to(device)
     kind = options.heads[index]
-    plain = 1.0 if kind.endswith(PLAIN) else _PLAIN
-    student = Student(options, kind.removesuffix(PLAIN)).to(device)
+    plain = 1.0 if kind.plain else _PLAIN
+    student = Student(options, kind.hears).to(device)
+    said_sounds = [s for s in material.said if kind.kokoro or not s.kokoro]
     sources = [
         (Examples(sounds, rng, by_length=sounds is material.clips, plain=plain), count)
         for sounds, count in (
-            (material.clips, options.batch), (material.said, options.synthetic), (material.recorded, options.recorded)
+            (material.clips, options.batch), (said_sounds, options.synthetic), (material.recorded, options.recorded)
         )
         if count
     ]  # fmt: skip
@@ -490,7 +510,7 @@ def train(
     """The heads, which learn apart and tell what they follow well; what they say together is brought to the size of the clips'
     motion."""
     heads = [train_head(material, readout, options, i, machine) for i in range(len(options.heads))]
-    share_out(heads, [kind.startswith(SHAPES) for kind in options.heads], readout)
+    share_out(heads, options.heads, readout)
     net = MotionNet(sound, heads).eval()
     amount = gain(net, motions, readout)
     with torch.no_grad():
@@ -501,19 +521,15 @@ def train(
     return net
 
 
-def share_out(heads: Sequence[MotionHead], shapes: Sequence[bool], readout: Readout) -> None:
-    """Weight the last layers (in place) so that those heads which `shapes` names tell nothing of the opening, and more than the
-    others of all else; the mean over all is then right for both."""
-    others = shapes.count(False)
-    if others in (0, len(heads)):
-        return
+def share_out(heads: Sequence[MotionHead], kinds: Sequence[Kind], readout: Readout) -> None:
+    """Weight the last layers (in place) so that the mean over all heads has of each what its kind says that it counts."""
     # Of a motion, the part that opens the mouth, and all else.
     opening = torch.outer(readout.gap, readout.gap) / readout.gap.square().sum()
     rest = torch.eye(len(opening)) - opening
-    count = len(heads) / (others + _SHAPES_SHARE * (len(heads) - others))
+    openings, rests = sum(kind.opening for kind in kinds), sum(kind.rest for kind in kinds)
     with torch.no_grad():
-        for head, shaped in zip(heads, shapes, strict=True):
-            tells = _SHAPES_SHARE * count * rest if shaped else count * rest + len(heads) / others * opening
+        for head, kind in zip(heads, kinds, strict=True):
+            tells = len(heads) * (kind.opening / openings * opening + kind.rest / rests * rest)
             for tensor in head.leave.parameters():
                 tensor.copy_(torch.tensordot(tells, tensor, dims=1))
 
@@ -669,9 +685,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("work/data"), help="packed clips, voices and recordings")
     parser.add_argument("--weights", type=Path, default=Path("work/weights"), help="has sound.pt and the basis")
     parser.add_argument("--name", default="motion", help="of the weights file")
-    parser.add_argument(
-        "--heads", nargs="+", choices=[*HEARS, *(h + PLAIN for h in HEARS)], default=usual.heads, help="what each hears"
-    )
     parser.add_argument("--iterations", type=int, default=usual.iterations, help="of each head")
     parser.add_argument("--rate", type=float, default=usual.rate, help="of learning, at its highest")
     parser.add_argument("--decay", type=float, default=usual.decay, help="of the weights")
@@ -701,7 +714,7 @@ def main() -> None:
     trained = [m for m in motions if m.row.split == "train" and m.targets()[1].sum() > 10]
     if args.step == "train":
         options = Options(
-            heads=tuple(args.heads[-2:] if args.smoke else args.heads),
+            heads=HEADS[-2:] if args.smoke else HEADS,
             iterations=6 if args.smoke else args.iterations,
             batch=args.batch,
             synthetic=args.synthetic,

@@ -80,7 +80,8 @@ Oh!
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spoken:
-    """One sentence: its sound (samples,) at 16 kHz, its equalised log-mel rows (r, 64), and each step's class and weight (n,).
+    """One sentence: its sound (samples,) at 16 kHz, its equalised log-mel rows (r, 64), each step's class and weight (n,), and
+    whether Kokoro speaks.
 
     A step at the edge of a phone counts less than one in its middle.
     """
@@ -89,6 +90,7 @@ class Spoken:
     rows: F32
     classes: npt.NDArray[np.int64]
     centred: F32
+    kokoro: bool = False
 
 
 @cache
@@ -155,7 +157,8 @@ def speak_many(count: int, seed: int, voices_dir: Path | None, without: Sequence
         pcm = np.concatenate([edge, pcm * SOUND_RMS / max(float(np.sqrt(np.mean(pcm**2))), 1e-4), edge])
         rows = heard_rows(pcm)
         phones = tuple(p for c in chunks for p in c.phones)
-        out.append(Spoken(pcm.astype(np.float32), rows, *labels(phones, len(rows) // 2, _EDGE_MS / 1000)))
+        classes, centred = labels(phones, len(rows) // 2, _EDGE_MS / 1000)
+        out.append(Spoken(pcm.astype(np.float32), rows, classes, centred, engine == "kokoro"))
         if len(out) == count:
             break
     return out
@@ -181,6 +184,7 @@ def save(spoken: list[Spoken], path: Path) -> None:
         pcm=pcm,
         classes=np.concatenate([s.classes for s in spoken]).astype(np.int8),
         centred=np.concatenate([s.centred for s in spoken]).astype(np.float16),
+        kokoro=np.array([s.kokoro for s in spoken]),
     )
 
 
@@ -189,7 +193,8 @@ def load(path: Path) -> list[Spoken]:
         steps, pieces = np.cumsum(raw["steps"])[:-1], unpack_sounds(raw["samples"], raw["pcm"])
         classes = np.split(raw["classes"].astype(np.int64), steps)
         centred = np.split(raw["centred"].astype(np.float32), steps)
-    return [Spoken(p, heard_rows(p), c, w) for p, c, w in zip(pieces, classes, centred, strict=True)]
+        kokoro = raw["kokoro"].tolist()
+    return [Spoken(p, heard_rows(p), c, w, k) for p, c, w, k in zip(pieces, classes, centred, kokoro, strict=True)]
 
 
 def main() -> None:

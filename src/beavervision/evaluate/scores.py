@@ -56,12 +56,18 @@ def best_lag(made: Signal, truth: Signal, reach: int) -> Lag | None:
     if not np.isfinite(fits).any():
         return None
     i = int(np.nanargmax(fits))
-    fine = float(lags[i])
-    if 0 < i < len(fits) - 1 and np.isfinite(fits[i - 1 : i + 2]).all():
-        low, top, high = fits[i - 1 : i + 2]
-        bend = low - 2 * top + high
-        fine += float((low - high) / (2 * bend)) if bend < 0 else 0.0
-    return Lag(lags[i], fine, float(fits[i]))
+    return Lag(lags[i], lags[i] + off_the_step(fits, i), float(fits[i]))
+
+
+def off_the_step(fits: Signal, peak: int) -> float:
+    """How far beside the greatest of values (n,), number `peak`, the top of a parabola through it and its neighbours lies: less than
+    a step; 0 where a neighbour is missing or not finite."""
+    near = fits[max(peak - 1, 0) : peak + 2]
+    if not (0 < peak < len(fits) - 1 and np.isfinite(near).all()):
+        return 0.0
+    low, top, high = near.tolist()
+    bend = low - 2 * top + high
+    return (low - high) / (2 * bend) if bend < 0 else 0.0
 
 
 def landmark_distance(made_px: F32, truth_px: F32, eyes_px: F32) -> float:

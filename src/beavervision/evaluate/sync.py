@@ -12,6 +12,7 @@ from rich.table import Table
 
 from beavervision.errors import InputError
 from beavervision.evaluate.plots import Dots, Line, Panel
+from beavervision.evaluate.scores import off_the_step
 from beavervision.media import F32
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.cards import SYNC_SCORER, load_data
@@ -103,7 +104,9 @@ class SyncJudge:
         mean = np.mean(scores, axis=0)
         best = int(np.argmax(mean))
         away = np.abs(np.arange(len(mean)) - best) >= _AWAY
-        return round((best - REACH) * STEP_S, 3) if mean[best] - mean[away].max() >= _CLEAR else None
+        if mean[best] - mean[away].max() < _CLEAR:
+            return None
+        return round((best + off_the_step(mean, best) - REACH) * STEP_S, 3)
 
     def _windows(self, video: Path, around: int = 0, hop: int = _HOP) -> tuple[list[F32], list[float]]:
         """The scores (offsets,) of each window of `video`, and when it starts, in seconds; there are `around` steps of silence
