@@ -60,8 +60,8 @@ def best_lag(made: Signal, truth: Signal, reach: int) -> Lag | None:
 
 
 def off_the_step(fits: Signal, peak: int) -> float:
-    """How far beside the greatest of values (n,), number `peak`, the top of a parabola through it and its neighbours lies: less than
-    a step; 0 where a neighbour is missing or not finite."""
+    """How far beside the greatest of values (n,), number `peak`, the top of a parabola through it and its neighbours lies: less
+    than a step; 0 where a neighbour is missing or not finite."""
     near = fits[max(peak - 1, 0) : peak + 2]
     if not (0 < peak < len(fits) - 1 and np.isfinite(near).all()):
         return 0.0
