@@ -251,6 +251,16 @@ def test_the_recipe_runs_from_packed_clips_to_files(
     assert states.shape == (1, 7 + MotionHead.context_steps, 128)
 
 
+def test_a_head_learns_from_kokoro_where_it_shall_or_where_nobody_else_speaks() -> None:
+    own, kokoros = (
+        motion.Sound([], *np.zeros((2, 1), np.float32), np.zeros(1, np.int64), kokoro=k) for k in (False, True)
+    )
+    without = motion.Kind("words", kokoro=False)
+    assert motion.Kind("words").learned_from([own, kokoros]) == [own, kokoros]
+    assert without.learned_from([own, kokoros]) == [own]
+    assert without.learned_from([kokoros]) == [kokoros]
+
+
 def test_heads_count_in_the_opening_and_in_all_else_as_their_kinds_say(basis: MotionBasis) -> None:
     torch.manual_seed(0)
     readout = motion.Readout.of(basis)

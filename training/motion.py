@@ -356,6 +356,10 @@ class Kind:
     opening: float = 1.0
     rest: float = 1.0
 
+    def learned_from(self, said: list[Sound]) -> list[Sound]:
+        """Those of the synthetic sentences that it learns from; all, where all are Kokoro's."""
+        return [sound for sound in said if self.kokoro or not sound.kokoro] or said
+
 
 # Those that learn from Kokoro close the lips more often, those that do not follow people better. Who hears phones and plain rows
 # follows the width of a mouth better than others do, and its opening worse.
@@ -453,7 +457,7 @@ def train_head(
     kind = options.heads[index]
     plain = 1.0 if kind.plain else _PLAIN
     student = Student(options, kind.hears).to(device)
-    said_sounds = [s for s in material.said if kind.kokoro or not s.kokoro]
+    said_sounds = kind.learned_from(material.said)
     sources = [
         (Examples(sounds, rng, by_length=sounds is material.clips, plain=plain), count)
         for sounds, count in (

@@ -3,9 +3,8 @@ against their own video.
 
 For each clip of a folder of talkers: a still is taken from it, or its pictures from the middle on and round again; the real
 pipeline makes a real file of that and the clip's sound, the mouth is found again in that file, and its lips over time are held
-against the clip's. Two controls go
-through the same: the clip itself as it comes back from the same encoder (what measuring costs), and the made mouth against
-another clip's (what chance gives).
+against the clip's. Two controls go through the same: the clip itself as it comes back from the same encoder (what measuring
+costs), and the made mouth against another clip's (what chance gives).
 """
 
 from __future__ import annotations
@@ -214,9 +213,9 @@ def follow(
         folder: videos and an ``index.tsv`` with the columns file, split, seconds, sync_lag_s (how many seconds the
             clip's sound is late; empty for 0; 0.38 and more, to either side, is taken for not found) and, where several clips are
             of one, person.
-        index_offsets: take all offsets of the sound from the index. Otherwise the sync scorer's are taken where they stand out.
         limit: measure so many clips only, spread evenly over the index.
         footage: draw over the clip's own pictures, from its middle on and then from its beginning, not over a still.
+        index_offsets: take all offsets of the sound from the index. Otherwise the sync scorer's are taken where they stand out.
         model, device: as in the settings if None.
 
     Raises:

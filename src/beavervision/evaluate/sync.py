@@ -70,6 +70,7 @@ class SyncJudge:
         """Raises ModelError where a shipped file is damaged."""
         self._net = OnnxNet(load_data(SYNC_SCORER.files[0]), name=SYNC_SCORER.name)
         self._basis = MotionBasis.parse(load_data("beaver_basis.npz"))
+        self._faces = FaceNets()
 
     def judge(self, video: Path | str) -> SyncReport:
         """The agreement of sound and lips in a video of one speaker, up to ±0.6 s.
@@ -112,7 +113,7 @@ class SyncJudge:
         """The scores (offsets,) of each window of `video`, and when it starts, in seconds; there are `around` steps of silence
         before and after it, and in a clip that is shorter than a window all of it may count."""
         info = probe(video)
-        times_s, points = _lips(info)
+        times_s, points = _lips(info, self._faces)
         if len(times_s) < 15:
             raise InputError(f"{video}: a face is seen too seldom to judge its lips.")
         lips = self._motion(points)
@@ -141,10 +142,10 @@ class SyncJudge:
         return self._basis.coefficients((points - rest)[:, self._basis.points]) / np.float32(amplitude)
 
 
-def _lips(info: SourceInfo) -> tuple[F32, F32]:
+def _lips(info: SourceInfo, nets: FaceNets) -> tuple[F32, F32]:
     """When a face is seen (t,), and its points (t, 478, 3) in the pose-free frame."""
     times, points = [], []
-    for clip in Detect(FaceNets())(Decode(extend="none")(info)):
+    for clip in Detect(nets)(Decode(extend="none")(info)):
         assert clip.track is not None
         for i, face in enumerate(clip.track.faces):
             if face is not None:

@@ -252,19 +252,25 @@ def filled(points: F32, shape: tuple[int, ...]) -> U8:
     return mask
 
 
+def cubic(plane: F32, x_px: F32, y_px: F32, to: U8 | None = None) -> U8:
+    """The levels of a plane at places (h, w), interpolated cubically; onto `to` where it is given. Floats are interpolated faster
+    than bytes."""
+    levels = cv2.remap(plane, x_px, y_px, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    cv2.threshold(levels, 0, 0, cv2.THRESH_TOZERO, levels)  # what cubic interpolation left below black
+    return np.asarray(cv2.convertScaleAbs(levels, to), np.uint8)
+
+
 def warped(picture: Picture, region: Region, flow: Flow) -> tuple[U8, U8, U8]:
     """The planes of `region`, each pixel taken from its place in it: y (h, w), u and v (h/2, w/2).
 
     Luma is interpolated cubically, chroma linearly.
     """
     y, u, v = picture.planes(region)
-    edge = cv2.BORDER_REPLICATE
-    luma, floats = y.copy(), y.astype(np.float32)  # OpenCV interpolates floats faster than bytes
+    luma, floats = y.copy(), y.astype(np.float32)
     x_px, y_px = flow.luma
     for box in flow.moving:
-        moved = cv2.remap(floats, x_px[box], y_px[box], cv2.INTER_CUBIC, borderMode=edge)
-        cv2.threshold(moved, 0, 0, cv2.THRESH_TOZERO, moved)  # what cubic interpolation left below black
-        cv2.convertScaleAbs(moved, luma[box])
+        cubic(floats, x_px[box], y_px[box], luma[box])
     x_px, y_px = flow.chroma
+    edge = cv2.BORDER_REPLICATE
     moved_u, moved_v = (cv2.remap(plane, x_px, y_px, cv2.INTER_LINEAR, borderMode=edge) for plane in (u, v))
     return luma, np.asarray(moved_u, np.uint8), np.asarray(moved_v, np.uint8)

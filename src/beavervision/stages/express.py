@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, cos, dist, floor, radians, sin
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from beavervision.media import F32, POINTS, U8, Clip, Picture, Region
 from beavervision.models.expression import ExpressionBasis, samples
 from beavervision.models.mesh import FACE_OVAL, Pose, fit_pose
-from beavervision.models.warp import interpolated, places_of_cells
+from beavervision.models.warp import cubic, interpolated, places_of_cells
 
 STILL = np.array([0, 0, 0, 0, 0, 1], np.float32)  # a head that does not move
 _LEAST = 1e-4  # of a control or a head movement; less is nothing
@@ -280,8 +279,8 @@ def _halves(cut: _Cut) -> _Cut:
 
 
 class _Planes:
-    """The planes of a picture and, of a box of a region, what is drawn from and drawn to. Luma is interpolated in floats, which is
-    faster; rows become floats shortly before they are read, while they are near."""
+    """The planes of a picture and, of a box of a region, what is drawn from and drawn to. Rows of luma become floats
+    shortly before they are read, while they are near."""
 
     __slots__ = ("_chroma", "_float", "_held", "_luma", "_to", "new")
 
@@ -298,10 +297,10 @@ class _Planes:
         """Draw a cut of the box, of which `where` (2, h, w) tells where its pixels, and `half` (2, h / 2, w / 2) where its chroma
         samples come from."""
         luma, u, v = self._to
-        cv2.convertScaleAbs(self._cubic(where[:, *cut]), luma[cut])
+        self._cubic(where[:, *cut], luma[cut])
         cut = _halves(cut)
         for plane, to in zip(self._chroma, (u, v), strict=True):
-            _remap(plane, half[:, *cut], cv2.INTER_LINEAR, to[cut])
+            _linear(plane, half[:, *cut], to[cut])
 
     def mix(self, layer: _Layer, corners: list[tuple[int, int]]) -> None:
         """Draw a layer over eyes whose cuts of the box have their `corners` (x, y) there."""
@@ -309,8 +308,7 @@ class _Planes:
         where = layer.where.reshape(2, -1, width)  # one eye below the other
         half = _halved(_shrunk(where))
         alphas = layer.alpha, _shrunk(layer.alpha)
-        made = [cv2.convertScaleAbs(self._cubic(where))]
-        made += (_remap(plane, half, cv2.INTER_LINEAR) for plane in self._chroma)
+        made = [self._cubic(where), *(_linear(plane, half) for plane in self._chroma)]
         rests = [1 - alpha for alpha in alphas]
         for plane, to, by in zip(made, self._to, (1, 2, 2), strict=True):
             alpha, rest = alphas[by - 1], rests[by - 1]
@@ -320,8 +318,8 @@ class _Planes:
                 under = to[top : top + height // by, left : left + width // by]
                 cv2.blendLinear(new[i], under, alpha[i], rest[i], under)
 
-    def _cubic(self, where: F32) -> F32:
-        """The luma at places (2, h, w)."""
+    def _cubic(self, where: F32, to: U8 | None = None) -> U8:
+        """The luma at places (2, h, w); onto `to` where it is given."""
         low, high, *_ = cv2.minMaxLoc(where[1])
         rows = len(self._luma)
         # Two rows to either side, and one more where a place is rounded up.
@@ -330,9 +328,7 @@ class _Planes:
         for part in (slice(first, start), slice(stop, end)):
             self._float[part] = self._luma[part]
         self._held = min(first, start), max(end, stop)
-        luma = _remap(self._float, where, cv2.INTER_CUBIC)
-        cv2.threshold(luma, 0, 0, cv2.THRESH_TOZERO, luma)  # what cubic interpolation left below black
-        return luma
+        return cubic(self._float, where[0], where[1], to)
 
 
 def _halved(where: F32) -> F32:
@@ -349,10 +345,9 @@ def _shrunk(values: F32) -> F32:
     return half
 
 
-def _remap(plane: npt.NDArray[Any], where: F32, how: int, to: U8 | None = None) -> npt.NDArray[Any]:
-    """Onto `to` where it is given."""
-    made: npt.NDArray[Any] = cv2.remap(plane, where[0], where[1], how, to, cv2.BORDER_REPLICATE)
-    return made
+def _linear(plane: U8, where: F32, to: U8 | None = None) -> U8:
+    """A chroma plane at places (2, h, w); onto `to` where it is given."""
+    return np.asarray(cv2.remap(plane, where[0], where[1], cv2.INTER_LINEAR, to, cv2.BORDER_REPLICATE), np.uint8)
 
 
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
