@@ -136,12 +136,31 @@ def test_a_blink_is_no_squint() -> None:
     assert rise(half, "eyeSquint") < 0.25
 
 
-def test_lids_that_close_leave_the_eyeball_where_it_is() -> None:
-    def enlarged(plane: np.ndarray) -> np.ndarray:
-        return np.asarray(cv2.resize(plane, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC), np.uint8)
+def enlarged(picture: Picture, by: int) -> Picture:
+    y, u, v = (
+        cv2.resize(p, None, fx=by, fy=by, interpolation=cv2.INTER_CUBIC) for p in (picture.y, picture.u, picture.v)
+    )
+    return Picture(np.asarray(y, np.uint8), np.asarray(u, np.uint8), np.asarray(v, np.uint8), picture.color)
 
-    source, points = portrait(), face().points_px * 4
-    large = Picture(enlarged(source.y), enlarged(source.u), enlarged(source.v), source.color)
+
+@pytest.mark.parametrize("corner", [33, 263])
+def test_outer_lashes_go_down_with_the_lid_that_they_are_rooted_in(corner: int) -> None:
+    points, large = face().points_px * 4, enlarged(portrait(), 4)
+    eyes_px = mesh.fit_pose(points).scale_px
+    x, y = (round(float(v)) for v in points[corner, :2] - [0, 0.06 * eyes_px])
+    luma = large.y.copy()
+    cv2.circle(luma, (x, y), round(0.02 * eyes_px), 0, -1)
+    dotted = Picture(luma, large.u, large.v, large.color)
+    shut, plain = (
+        expressed(p, points, look(eyeBlink=1.0), STILL, load_basis()).y.astype(float) for p in (dotted, large)
+    )
+    dot = (plain - shut).sum(axis=1)
+    lowered_px = np.average(np.arange(len(dot)), weights=dot) - y
+    assert lowered_px > 0.02 * eyes_px  # the corner itself stays
+
+
+def test_lids_that_close_leave_the_eyeball_where_it_is() -> None:
+    points, large = face().points_px * 4, enlarged(portrait(), 4)
     squint = expressed(large, points, look(eyeSquint=0.6), STILL, load_basis())
     for iris in (468, 473):
         x, y = points[iris, :2]

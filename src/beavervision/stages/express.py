@@ -385,10 +385,12 @@ _EYES = np.array((
     _ring((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133), (53, 52, 65), 468),
     _ring((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263), (295, 282, 283), 473),
 ))  # fmt: skip
+_OUTWARD = np.array([-1, 1], np.float32)
 _LID, _BROW, _IRIS = 9, slice(18, 21), 21  # points of a lid, where the brow's are, and from where on the iris's
 _MARGIN = 0.018  # of the lid that the opening shows, lashes and all, in eye distances: it moves with the lid
 _LASH = 0.08  # how far above the opening lashes reach, in eye distances,
 _LASH_SHARE = 0.6  # and at most, of the skin that moves
+_SWEEP = np.float32(0.5)  # how far outwards they stand, to each pixel upwards
 _SHADE = 0.045  # how far the upper lid shades the eyeball, in eye distances: what is bared is not taken from there
 _REACH = 0.6  # of the way from the upper lid to the brow, how far its skin moves: a crease higher up, or a frame of glasses, stays
 _BARES_PX = 1.0  # how far a lid must be drawn back for what it bares to be made up
@@ -410,10 +412,12 @@ class _Eyes:
     lids: F32  # (n, 2, 2, 9): of the upper and the lower lid, x rising and y
     closes: F32  # (2, n, 1, 1), upper and lower, of the gap
     above_px: F32  # (n, 1, 1), from the upper lid to the brow
+    lash_px: F32  # (n, 1, 1), how high lashes stand above it
     scale_px: float
     iris: F32  # (2, n, 1, 1), its middle in the picture
     radius_px: F32  # (n, 1, 1), of 1 or more
     gaze_px: F32  # (2, n, 1, 1)
+    outward: F32  # (n, 1, 1), -1 where the outer corner is the first one, else 1
     reach_px: F32  # (n, 4), how far from its middle each moves the skin: left and up, both below 0, right and down
 
     @classmethod
@@ -425,11 +429,12 @@ class _Eyes:
         span = np.hypot(across[:, 0], across[:, 1])
         acts = (np.abs(closing) >= _LEAST) | (np.abs(gaze) >= _LEAST_GAZE_PX)
         used = acts.any(axis=1) & (span >= _LEAST_FACE_PX)
+        outward = _OUTWARD
         if not used.all():
             if not used.any():
                 return None
-            rings, corner, gaze, across, span, closing = (
-                of_each[used] for of_each in (rings, corner, gaze, across, span, closing)
+            rings, corner, gaze, across, span, closing, outward = (
+                of_each[used] for of_each in (rings, corner, gaze, across, span, closing, outward)
             )
         frame = np.empty((len(span), 2, 2), np.float32)
         frame[:, 0] = frame[:, 1, ::-1] = across / span[:, None]
@@ -451,12 +456,16 @@ class _Eyes:
         rim = rings[:, _IRIS + 1 :] - iris[:, None]
         radius = np.hypot(rim[..., 0], rim[..., 1]).sum(axis=1) / 4
         radius = np.maximum(radius, 1)
-        reach = np.array([-side, -up, side, low]).T
+        lash = np.minimum(np.float32(_LASH * pose.scale_px), np.float32(_LASH_SHARE) * above)
+        swept = _SWEEP * lash * outward
+        reach = np.array([np.minimum(swept, 0) - side, -up, side + np.maximum(swept, 0), low]).T
         corner, across, down, closes, iris, gaze = (
             pairs.T[..., None, None] for pairs in (corner, frame[:, 0], frame[:, 1], closing, iris, gaze)
         )
-        span, above, radius = (values[:, None, None] for values in (span, above, radius))
-        return cls(corner, across, down, span, lids, closes, above, pose.scale_px, iris, radius, gaze, reach)
+        span, above, lash, radius, outward = (values[:, None, None] for values in (span, above, lash, radius, outward))
+        return cls(
+            corner, across, down, span, lids, closes, above, lash, pose.scale_px, iris, radius, gaze, outward, reach
+        )
 
     @property
     def middle(self) -> F32:
@@ -488,15 +497,14 @@ class _Eyes:
         Returns:
             The line along which shut lids meet, and the eyeball, to be drawn over it.
         """
-        y, fall, rise, seam, widest = self._lids(source)
+        y, fall, rise, seam, swept, widest = self._lids(source)
         margin = np.float32(_MARGIN * self.scale_px)
         close_upper, close_lower = self.closes
         most = np.maximum(widest * close_upper, np.float32(1e-3))
         # The lashes go along as they are and what is above them is stretched, evenly: their dark line would cover the whole lid.
-        lash = np.minimum(np.float32(_LASH * self.scale_px), np.float32(_LASH_SHARE) * self.above_px)
-        up = 1 / (self.above_px - lash + most)
+        up = 1 / (self.above_px - self.lash_px + most)
         room = seam - y
-        above = fall * (y * -up - (lash * up + 1)).clip(-1, 0)
+        above = swept * (y * -up - (self.lash_px * up + 1)).clip(-1, 0)
         below = rise * _unit(room * np.float32(1 / (_BELOW * self.scale_px)) + 1)
         upper = room > 0
         alpha = _unit(np.minimum(y - margin, room) + np.float32(0.5))
@@ -529,31 +537,41 @@ class _Eyes:
         source += np.where(upper, above, below) * self.down
         return layers
 
-    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32, F32]:
-        """For places (2, n, h, w), all (n, h, w): y against the new upper lid, how far the lids move towards each other, and where
-        the lower one's skin begins; and the widest gaps (n, 1, 1). h and w are multiples of four: in large eyes the lids' curves
-        are interpolated between every fourth pixel."""
+    def _lids(self, source: F32) -> tuple[F32, F32, F32, F32, F32, F32]:
+        """For places (2, n, h, w), all (n, h, w): y against the new upper lid, how far the lids move towards each other, where
+        the lower one's skin begins, and how far the lashes above the upper one move; and the widest gaps (n, 1, 1). h and w are
+        multiples of four: in large eyes the lids' curves are interpolated between every fourth pixel."""
         small = float(self.span_px.min()) < _FINE_PX
         coarse = source if small else (source[..., 1::4, 1::4] + source[..., 2::4, 2::4]) * np.float32(0.5)
         at_x, at_y = coarse - (self.corner - np.float32(0.5))
         (across_x, across_y), (down_x, down_y) = self.across, self.down
-        x = ((at_x * across_x + at_y * across_y) / self.span_px).clip(0, 1)
-        heights = _heights(self.lids, x.reshape(len(x), 1, -1)).reshape(-1, 2, *x.shape[1:])
-        upper, lower = heights[:, 0], heights[:, 1]
+        x = (at_x * across_x + at_y * across_y) / self.span_px
+        upper, lower = self._heights(x)
         gap = np.maximum(lower - upper, 0)
         fall, rise = gap * self.closes
         margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
         seam = np.maximum(gap - fall - rise - margin * np.float32(0.5), margin)
         y = at_x * down_x + at_y * down_y - upper - fall
         widest = gap.max(axis=(1, 2), keepdims=True)
+        swept = fall
+        if (self.closes[0] > 0).any():
+            # They go with the lid where they are rooted, further inwards.
+            root = x - (-y).clip(0, self.lash_px) * (self.outward * _SWEEP / self.span_px)
+            upper, lower = self._heights(root)
+            swept = np.maximum(lower - upper, gap) * self.closes[0]
         if small:
-            return y, fall, rise, seam, widest
-        fine = np.empty((4, *source.shape[1:]), np.float32)
-        for planes, to in zip((y, fall, rise, seam), fine, strict=True):
+            return y, fall, rise, seam, swept, widest
+        fine = np.empty((5, *source.shape[1:]), np.float32)
+        for planes, to in zip((y, fall, rise, seam, swept), fine, strict=True):
             for plane, whole in zip(planes, to, strict=True):
                 cv2.resize(plane, whole.shape[::-1], whole, interpolation=cv2.INTER_LINEAR)
-        y, fall, rise, seam = fine
-        return y, fall, rise, seam, widest
+        y, fall, rise, seam, swept = fine
+        return y, fall, rise, seam, swept, widest
+
+    def _heights(self, x: F32) -> tuple[F32, F32]:
+        """Of the upper and the lower lid at places (n, h, w) from corner to corner, each (n, h, w)."""
+        heights = _heights(self.lids, x.reshape(len(x), 1, -1)).reshape(-1, 2, *x.shape[1:])
+        return heights[:, 0], heights[:, 1]
 
     def _looking(self, source: F32, y: F32, room: F32) -> F32:
         """Places (2, n, h, w) of the eyeballs, drawn along by the gaze (in place)."""
@@ -624,7 +642,7 @@ def _heights(lids: F32, x: npt.NDArray[np.floating]) -> F32:
     """Of upper and lower lid (n, 2, 2, 9) at places between the corners (n or 1, 1, k): (n, 2, k)."""
     # All curves one after the other, two apart.
     first = 2 * np.arange(2 * len(lids)).reshape(-1, 2, 1)
-    heights = np.interp(x + first, (lids[:, :, 0] + first).ravel(), lids[:, :, 1].ravel())
+    heights = np.interp(x.clip(0, 1) + first, (lids[:, :, 0] + first).ravel(), lids[:, :, 1].ravel())
     return np.asarray(heights, np.float32)
 
 
