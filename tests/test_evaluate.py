@@ -32,13 +32,16 @@ from beavervision.evaluate.follow import (
     TalkerRow,
     follow,
     mouth_trace,
+    still_of,
     talker_rows,
 )
 from beavervision.evaluate.samples import portrait
 from beavervision.evaluate.sheets import sheets
+from beavervision.evaluate.tracks import FaceTrace, face_trace
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Pipeline
+from beavervision.stages.decode import Decode
 from tests.media_factory import make_sound
 
 
@@ -356,24 +359,27 @@ def test_follow_over_footage_that_shows_another_mouth(
 ) -> None:
     asked: list[Path] = []
     # The scorer errs by 40 ms on a mouth that was made, as this clip's.
-    monkeypatch.setattr(follow_module.SyncJudge, "sound_late_s", lambda self, video: asked.append(video) or 0.08)
+    monkeypatch.setattr(follow_module.SyncJudge, "sound_late_s", lambda self, video, faces: asked.append(video) or 0.08)
     report = follow(talkers, footage=True, model="beaver", device="cpu")
     (clip,) = report.clips
     assert report.as_dict()["over"] == "footage" and "shifted" in _printed(follow_module.format_table(report))
     assert clip.opening_r > 0.8 and clip.in_time, "the mouth of the footage shows"
     assert (clip.sound_late_s, clip.offset_from) == (0.08, "scorer") and talkers / "one.mkv" in asked
     nets = FaceNets()
-    truth, _ = mouth_trace(talkers / "made.mp4", nets)
-    shifted, _ = mouth_trace(follow_module._shifted(talkers / "made.mp4", tmp_path / "s.mp4", len(truth.times_s)), nets)
+    truth = mouth_trace(talkers / "made.mp4", nets)
+    shifted = mouth_trace(follow_module._shifted(talkers / "made.mp4", tmp_path / "s.mp4", len(truth.times_s)), nets)
     half = len(truth.times_s) // 2
     rolled, in_place = (scores.pearson(shifted.opening, np.roll(truth.opening, -by)) for by in (half, 0))
     assert rolled > 0.98 and rolled > in_place + 0.2, "both halves sound alike"
 
 
-def test_the_still_is_a_closed_mouth(talkers: Path) -> None:
+def test_the_still_is_a_closed_mouth(talkers: Path, tmp_path: Path) -> None:
     nets = FaceNets()
-    trace, picture = mouth_trace(talkers / "made.mp4", nets)
-    assert picture is not None
+    faces = face_trace(talkers / "made.mp4", nets)
+    number, trace = still_of(faces), MouthTrace.of(faces)
+    assert number is not None
+    still = follow_module._kept(talkers / "made.mp4", number, tmp_path / "still.png")
+    (picture,) = next(iter(Decode(1, extend="none")(still))).frames.pictures
     assert np.isfinite(trace.opening).all()
     face = nets.face(picture, nets.detect(picture)[0].crop, settle=2)
     assert face is not None

@@ -11,6 +11,8 @@ import pytest
 
 from beavervision.errors import InputError
 from beavervision.evaluate.sync import SyncJudge
+from beavervision.evaluate.tracks import face_trace
+from beavervision.models.face import FaceNets
 from beavervision.stages.decode import read_audio
 from tests.media_factory import make_video
 
@@ -65,12 +67,13 @@ def test_moved_sound_moves_the_offset(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (TALKERS / "index.tsv").is_file(), reason="the clips of talkers are not here")
 def test_the_offset_of_a_short_clips_sound_is_found_or_not_told(tmp_path: Path) -> None:
     judge, clip = SyncJudge(), TALKERS / "muavic_av2av7_01.webm"
-    plain = judge.sound_late_s(clip)
+    faces = face_trace(clip, FaceNets())
+    plain = judge.sound_late_s(clip, faces)
     assert plain == pytest.approx(0.16, abs=0.04), "three seconds, with silence around them"
-    moved = judge.sound_late_s(with_sound_moved(clip, tmp_path / "late.mkv", 200))
+    moved = judge.sound_late_s(with_sound_moved(clip, tmp_path / "late.mkv", 200), faces)
     assert moved == pytest.approx(plain + 0.2, abs=0.03)
     others = with_sound_moved(clip, tmp_path / "others.mkv", 1500)
-    assert judge.sound_late_s(others) is None, "so late is beyond what is looked for"
+    assert judge.sound_late_s(others, faces) is None, "so late is beyond what is looked for"
 
 
 def test_a_video_without_a_face_or_too_short_is_refused(tmp_path: Path) -> None:

@@ -30,13 +30,12 @@ from beavervision.errors import InputError, OutputError, UsageError
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.scores import Lag, best_lag, landmark_distance, pearson
 from beavervision.evaluate.sync import SyncJudge
-from beavervision.evaluate.tracks import lips_of
-from beavervision.media import F32, Clip, FaceState, Frames, Picture
+from beavervision.evaluate.tracks import FaceTrace, face_trace
+from beavervision.media import F32, Clip, Frames, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.pipeline import Pipeline
 from beavervision.stages.decode import Decode, probe
-from beavervision.stages.detect import Detect
 from beavervision.stages.encode import Encode
 
 LEAST_S = 2.0  # shorter clips are left out: neither their sound offset nor their correlation means much
@@ -62,6 +61,13 @@ class MouthTrace:
     opening: F32
     width: F32
     lips: F32
+
+    @classmethod
+    def of(cls, faces: FaceTrace) -> MouthTrace:
+        """That of faces."""
+        (left, right), rings = mesh.OUTER_CORNERS, np.concatenate([mesh.OUTER_LIP, mesh.INNER_LIP])
+        width = faces.points[:, right, 0] - faces.points[:, left, 0]
+        return cls(faces.times_s, faces.opening, width, faces.points[:, rings, :2])
 
     def at(self, times_s: npt.NDArray[np.float64]) -> MouthTrace:
         """The mouth at other times; NaN outside and beside pictures without a face."""
@@ -231,11 +237,12 @@ def follow(
 
     def one(row: TalkerRow) -> _Seen:
         nonlocal facts
-        late_s = None if judge is None else judge.sound_late_s(folder / row.file)
+        faces = face_trace(source := folder / row.file, nets)
+        late_s = None if judge is None else judge.sound_late_s(source, faces)
         if late_s is not None:
             row = replace(row, late_s=late_s, offset_from="scorer")
         with tempfile.TemporaryDirectory(prefix="beavervision-follow-") as scratch:
-            seen, facts = _follow_one(pipeline, nets, folder / row.file, row, Path(scratch), footage)
+            seen, facts = _follow_one(pipeline, nets, source, faces, row, Path(scratch), footage)
         return seen
 
     seen, left_out = over_clips(f"{folder}: no clip of {split!r}", rows, one, on_progress)
@@ -265,37 +272,22 @@ def over_clips(
     return found, left_out
 
 
-def mouth_trace(path: Path | str, nets: FaceNets) -> tuple[MouthTrace, Picture | None]:
-    """The mouth of the largest face over a video, and its picture that is most frontal and closed (None without one).
+def mouth_trace(path: Path | str, nets: FaceNets) -> MouthTrace:
+    """The mouth of the largest face over a video.
 
     Raises:
         MediaError: the file cannot be read.
     """
-    info = probe(path)
-    opening: list[float] = []
-    width: list[float] = []
-    lips: list[F32] = []
-    blank = np.full((len(mesh.OUTER_LIP) + len(mesh.INNER_LIP), 2), np.nan, np.float32)
-    best: tuple[float, Picture | None] = (math.inf, None)
-    for clip in Detect(nets)(Decode(extend="none")(info)):
-        assert clip.track is not None
-        for picture, face, state in zip(clip.frames.pictures, clip.track.faces, clip.track.states, strict=True):
-            if face is None:
-                opening.append(math.nan)
-                width.append(math.nan)
-                lips.append(blank)
-                continue
-            pose = mesh.fit_pose(face.points_px)
-            points = pose.to_face(face.points_px)
-            opening.append(float((points[mesh.INNER_LOWER[2:7], 1] - points[mesh.INNER_UPPER[2:7], 1]).mean()))
-            width.append(float(points[mesh.OUTER_CORNERS[1], 0] - points[mesh.OUTER_CORNERS[0], 0]))
-            lips.append(lips_of(face, pose))
-            cost = opening[-1] + _TURNED * (abs(pose.yaw_deg) + abs(pose.pitch_deg))
-            if state is FaceState.OK and cost < best[0]:
-                best = (cost, picture)
-    times_s = np.arange(len(opening)) / float(info.rate)
-    rows = np.array(lips, np.float32).reshape(-1, *blank.shape)
-    return MouthTrace(times_s, np.array(opening, np.float32), np.array(width, np.float32), rows), best[1]
+    return MouthTrace.of(face_trace(path, nets))
+
+
+def still_of(faces: FaceTrace) -> int | None:
+    """The picture that is most frontal and closed; None where no face is clear."""
+    clear = np.flatnonzero(faces.clear & faces.seen)
+    if not len(clear):
+        return None
+    turned = sum(np.abs(deg[clear]) for deg in (faces.yaw_deg, faces.pitch_deg))
+    return int(clear[np.argmin(faces.opening[clear] + _TURNED * turned)])
 
 
 def format_table(report: FollowReport) -> RenderableType:
@@ -422,18 +414,21 @@ class _Seen:
 
 
 def _follow_one(
-    pipeline: Pipeline, nets: FaceNets, source: Path, row: TalkerRow, scratch: Path, footage: bool
+    pipeline: Pipeline, nets: FaceNets, source: Path, faces: FaceTrace, row: TalkerRow, scratch: Path, footage: bool
 ) -> tuple[_Seen, dict[str, Any]]:
-    truth, picture = mouth_trace(source, nets)
-    if picture is None:
+    number, truth = still_of(faces), MouthTrace.of(faces)
+    if number is None:
         raise InputError("no picture of it shows a face from the front")
     out, again = scratch / "out.mp4", scratch / "again.mp4"
-    face = _shifted(source, scratch / "shifted.mp4", len(truth.times_s)) if footage else _kept(picture, scratch)
+    if footage:
+        face = _shifted(source, scratch / "shifted.mp4", len(truth.times_s))
+    else:
+        face = _kept(source, number, scratch / "still.png")
     report = pipeline.lipsync(face, out, audio=source, alive=False)
-    made, _ = mouth_trace(out, nets)
+    made = mouth_trace(out, nets)
     encode_again(source, again, pipeline)
     times_s = made.times_s - row.late_s
-    true, real = truth.at(times_s), mouth_trace(again, nets)[0].at(times_s)
+    true, real = truth.at(times_s), mouth_trace(again, nets).at(times_s)
     step_s = float(made.times_s[1] - made.times_s[0])
     lag = best_lag(made.opening, true.opening, round(_REACH_S / step_s))
     if lag is None or not math.isfinite(pearson(made.width, true.width)):
@@ -441,25 +436,27 @@ def _follow_one(
     return _Seen(row, made, true, real, lag, step_s), report.model
 
 
-def _kept(picture: Picture, folder: Path) -> Path:
-    still = folder / "still.png"
+def _kept(source: Path, number: int, still: Path) -> Path:
+    """A picture of `source`, written to `still`."""
+    picture = next(islice(_pictures(source), number, None))
     if not cv2.imwrite(str(still), cv2.cvtColor(picture.rgb(), cv2.COLOR_RGB2BGR)):
         raise OutputError(f"{still} cannot be written. Make room in the folder for temporary files.")
     return still
+
+
+def _pictures(source: Path) -> Iterator[Picture]:
+    return chain.from_iterable(clip.frames.pictures for clip in Decode(extend="none")(source))
 
 
 def _shifted(source: Path, out: Path, pictures: int) -> Path:
     """A silent video of the `pictures` of `source`: those from the middle on, then those from the beginning on."""
 
     def clips() -> Iterator[Clip]:
-        order = chain(islice(shown(), pictures // 2, None), islice(shown(), pictures // 2))
+        order = chain(islice(_pictures(source), pictures // 2, None), islice(_pictures(source), pictures // 2))
         for start in range(0, pictures, _BLOCK):
-            yield Clip(Frames(tuple(islice(order, _BLOCK)), start, info.rate))
+            yield Clip(Frames(tuple(islice(order, _BLOCK)), start, rate))
 
-    def shown() -> Iterator[Picture]:
-        return chain.from_iterable(clip.frames.pictures for clip in Decode(extend="none")(info))
-
-    info = probe(source)
+    rate = probe(source).rate
     for _ in Encode(crf=_FOOTAGE_CRF).to(out)(clips()):
         pass
     return out

@@ -13,15 +13,15 @@ from rich.table import Table
 from beavervision.errors import InputError
 from beavervision.evaluate.plots import Dots, Line, Panel
 from beavervision.evaluate.scores import off_the_step
+from beavervision.evaluate.tracks import FaceTrace, face_trace
 from beavervision.media import F32
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.cards import SYNC_SCORER, load_data
 from beavervision.models.face import FaceNets
-from beavervision.models.mesh import INNER_LOWER, INNER_UPPER, fit_pose
+from beavervision.models.mesh import INNER_LOWER, INNER_UPPER
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import REACH, ROWS, SOUND_RMS, STEPS
-from beavervision.stages.decode import Decode, SourceInfo, probe, read_audio
-from beavervision.stages.detect import Detect
+from beavervision.stages.decode import read_audio
 from beavervision.stages.hear import LOG_MEL
 
 STEP_S = 0.02
@@ -79,7 +79,7 @@ class SyncJudge:
             InputError: it has no sound, or no three seconds in which a face is seen and sound surrounds it.
             MediaError: it cannot be read.
         """
-        scores, starts = self._windows(Path(video))
+        scores, starts = self._windows(Path(video), face_trace(video, self._faces))
         if not scores:
             needed = (STEPS + 2 * REACH) * STEP_S
             raise InputError(f"{video}: there are no {needed:g} seconds of one face and sound. Give a longer video.")
@@ -92,14 +92,15 @@ class SyncJudge:
             tuple(round(float(score), 4) for score in mean),
         )
 
-    def sound_late_s(self, video: Path | str) -> float | None:
-        """How late the sound of a real clip of two seconds or more is, in seconds; None where no offset stands out.
+    def sound_late_s(self, video: Path | str, faces: FaceTrace) -> float | None:
+        """How late the sound of a real clip of two seconds or more is, in seconds; None where no offset stands out. `faces` are
+        those of the clip.
 
         Raises:
             InputError: a face is seen too seldom.
             MediaError: it cannot be read.
         """
-        scores, _ = self._windows(Path(video), around=STEPS // 2 + REACH, hop=_FINE_HOP)
+        scores, _ = self._windows(Path(video), faces, around=STEPS // 2 + REACH, hop=_FINE_HOP)
         if not scores:
             return None
         mean = np.mean(scores, axis=0)
@@ -109,11 +110,12 @@ class SyncJudge:
             return None
         return round((best + off_the_step(mean, best) - REACH) * STEP_S, 3)
 
-    def _windows(self, video: Path, around: int = 0, hop: int = _HOP) -> tuple[list[F32], list[float]]:
+    def _windows(
+        self, video: Path, faces: FaceTrace, around: int = 0, hop: int = _HOP
+    ) -> tuple[list[F32], list[float]]:
         """The scores (offsets,) of each window of `video`, and when it starts, in seconds; there are `around` steps of silence
         before and after it, and in a clip that is shorter than a window all of it may count."""
-        info = probe(video)
-        times_s, points = _lips(info, self._faces)
+        times_s, points = faces.times_s[faces.seen], faces.points[faces.seen]
         if len(times_s) < 15:
             raise InputError(f"{video}: a face is seen too seldom to judge its lips.")
         lips = self._motion(points)
@@ -122,7 +124,9 @@ class SyncJudge:
         steps = (np.arange(len(rows) // 2) - around) * STEP_S
         values = np.stack([np.interp(steps, times_s, column) for column in lips.T], axis=1).astype(np.float32)
         after = np.clip(np.searchsorted(times_s, steps), 1, len(times_s) - 1)
-        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 / float(info.rate)
+        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 * (
+            faces.times_s[1] - faces.times_s[0]
+        )
         least = _SEEN * (min(float(seen.sum() / STEPS), 1.0) if around else 1.0)
         scores, starts = [], []
         for first in range(REACH, len(values) - STEPS - REACH + 1, hop):
@@ -140,18 +144,6 @@ class SyncJudge:
         rest = points[gap <= np.quantile(gap, REST_SHARE)].mean(axis=0)
         amplitude = float(np.clip(gap.std() / GAP_STD, *AMPLITUDES))
         return self._basis.coefficients((points - rest)[:, self._basis.points]) / np.float32(amplitude)
-
-
-def _lips(info: SourceInfo, nets: FaceNets) -> tuple[F32, F32]:
-    """When a face is seen (t,), and its points (t, 478, 3) in the pose-free frame."""
-    times, points = [], []
-    for clip in Detect(nets)(Decode(extend="none")(info)):
-        assert clip.track is not None
-        for i, face in enumerate(clip.track.faces):
-            if face is not None:
-                times.append((clip.frames.start + i) / float(info.rate))
-                points.append(fit_pose(face.points_px).to_face(face.points_px))
-    return np.array(times, np.float32), np.array(points, np.float32)
 
 
 def _sound(video: Path) -> F32:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from beavervision.media import F32, Face, Picture
+from beavervision.media import F32, POINTS, Face, FaceState, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
 from beavervision.stages.decode import Decode, probe
@@ -19,6 +21,7 @@ _OUTER = len(mesh.OUTER_LIP)
 _MIDDLE_UPPER = _OUTER + np.array([3, 4, 5, 6, 7])  # of a track's points: the inner upper lip, without its corners,
 _MIDDLE_LOWER = _OUTER + np.array([17, 16, 15, 14, 13])  # and the points below
 _CORNERS = np.array([0, 10])  # of the outer lip
+_NO_FACE = np.full((POINTS, 3), np.nan, np.float32)
 NO_LIPS = np.full((_OUTER + len(mesh.INNER_LIP), 2), np.nan, np.float32)  # the row of a picture without a face
 
 
@@ -57,6 +60,60 @@ def lips_of(face: Face, pose: mesh.Pose) -> F32:
     """The lips of a face as a row of :class:`LipTrack`, (40, 2)."""
     rings = np.concatenate([mesh.OUTER_LIP, mesh.INNER_LIP])
     return pose.to_face(face.points_px[rings])[:, :2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FaceTrace:
+    """The largest face over the pictures of a video as the pipeline follows it, smoothed.
+
+    times_s is (t,); points (t, 478, 3) are pose-free, in eye distances, yaw_deg and pitch_deg (t,) the head's: NaN where no face
+    was found. clear (t,) tells where it is whole and from the front.
+    """
+
+    times_s: npt.NDArray[np.float64]
+    points: F32
+    yaw_deg: F32
+    pitch_deg: F32
+    clear: npt.NDArray[np.bool_]
+
+    @property
+    def seen(self) -> npt.NDArray[np.bool_]:
+        """Where there is a face, (t,)."""
+        return np.isfinite(self.yaw_deg)
+
+    @property
+    def opening(self) -> F32:
+        """How far the inner lips are apart in the middle of the mouth, (t,)."""
+        apart = self.points[:, mesh.INNER_LOWER[2:7], 1] - self.points[:, mesh.INNER_UPPER[2:7], 1]
+        return np.asarray(apart.mean(axis=1), np.float32)
+
+
+def face_trace(path: Path | str, nets: FaceNets) -> FaceTrace:
+    """The largest face over a video.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    info = probe(path)
+    points: list[F32] = []
+    turns: list[tuple[float, float]] = []
+    clear: list[bool] = []
+    for clip in Detect(nets)(Decode(extend="none")(info)):
+        assert clip.track is not None
+        for face, state in zip(clip.track.faces, clip.track.states, strict=True):
+            if face is None:
+                points.append(_NO_FACE)
+                turns.append((math.nan, math.nan))
+            else:
+                pose = mesh.fit_pose(face.points_px)
+                points.append(pose.to_face(face.points_px))
+                turns.append((pose.yaw_deg, pose.pitch_deg))
+            clear.append(state is FaceState.OK)
+    yaw_deg, pitch_deg = np.array(turns, np.float32).reshape(-1, 2).T
+    times_s = np.arange(len(points)) / float(info.rate)
+    return FaceTrace(
+        times_s, np.array(points, np.float32).reshape(-1, POINTS, 3), yaw_deg, pitch_deg, np.array(clear, bool)
+    )
 
 
 def watched(path: Path | str, nets: FaceNets) -> Generator[tuple[Picture, Face | None], None, None]:
