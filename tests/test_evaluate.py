@@ -393,6 +393,17 @@ def test_the_still_is_a_closed_mouth(talkers: Path, tmp_path: Path) -> None:
     assert np.array_equal(moved.lips[1], trace.lips[3])
 
 
+def test_the_still_shows_the_head_as_it_is_usually_held() -> None:
+    points = np.tile(mesh.canonical(), (6, 1, 1)).astype(np.float32)
+    points = np.concatenate([points, np.zeros((6, 10, 3), np.float32)], axis=1)
+    points[np.ix_([1, 2, 5], mesh.INNER_LOWER[2:7], [1])] += 0.2  # open
+    yaw_deg = np.array([20, 20, 21, 22, 0, 20], np.float32)
+    clear = np.array([False, True, True, True, True, True])
+    faces = FaceTrace(np.arange(6) / 25, points, yaw_deg, np.zeros(6, np.float32), clear)
+    assert still_of(faces) == 3, "closed, and turned as usual"
+    assert still_of(replace(faces, clear=np.zeros(6, bool))) is None
+
+
 def test_a_folder_without_an_index_and_a_split_without_clips(tmp_path: Path, talkers: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         follow(tmp_path)

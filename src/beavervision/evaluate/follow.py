@@ -43,7 +43,9 @@ _REACH_S = 0.4  # of the lag that is searched
 FOUND_S = 0.38  # a sound offset of an index from which on it lies at the end of the searched range: it was not found
 CONTROLS = {"real video": "real", "another person's words": "chance"}
 _BLOCK, _FOOTAGE_CRF = 8, 12  # of footage in another order: how it is written
-_TURNED = 0.01  # opening (in eye distances) that a degree of turn is worth when the still is chosen
+_TURNED = (
+    0.01  # opening (in eye distances) that a degree of turn away from the usual one is worth when the still is chosen
+)
 
 _Row = TypeVar("_Row")
 _Found = TypeVar("_Found")
@@ -282,11 +284,14 @@ def mouth_trace(path: Path | str, nets: FaceNets) -> MouthTrace:
 
 
 def still_of(faces: FaceTrace) -> int | None:
-    """The picture that is most frontal and closed; None where no face is clear."""
+    """The picture in which the mouth is closed and the head held as it usually is; None where no face is clear.
+
+    Pose-free points err with the pose, each person's in another way: in another one the mouth would lie elsewhere in the face.
+    """
     clear = np.flatnonzero(faces.clear & faces.seen)
     if not len(clear):
         return None
-    turned = sum(np.abs(deg[clear]) for deg in (faces.yaw_deg, faces.pitch_deg))
+    turned = sum(np.abs(deg[clear] - np.median(deg[clear])) for deg in (faces.yaw_deg, faces.pitch_deg))
     return int(clear[np.argmin(faces.opening[clear] + _TURNED * turned)])
 
 
