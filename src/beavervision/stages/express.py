@@ -121,9 +121,7 @@ class _Surface:
     (479), the middle of the outline."""
 
     corners: npt.NDArray[np.intp]  # (3, m)
-    at: F32  # (3, m), the weights for its place,
-    skin: F32  # for how far it moves with the skin,
-    head: F32  # and with the head
+    weights: F32  # (3, 3, m), those for its place, for how far it moves with the skin, and with the head
 
     @classmethod
     def of(cls, reach: float) -> _Surface:
@@ -140,12 +138,9 @@ class _Surface:
         corners = np.concatenate([lattice.corners.T, np.tile(ring, len(away))], axis=1)
         skin, head = _fade(away, _SKIN_REACH), _fade(away, _HEAD_REACH)
         none = np.zeros_like(away)
-        return cls(
-            np.ascontiguousarray(corners),
-            weights((1 + away) * (1 - part), (1 + away) * part, -away),
-            weights(skin * (1 - part), skin * part, none),
-            weights(head * (1 - part), head * part, none),
-        )
+        at = weights((1 + away) * (1 - part), (1 + away) * part, -away)
+        with_skin, with_head = (weights(fade * (1 - part), fade * part, none) for fade in (skin, head))
+        return cls(np.ascontiguousarray(corners), np.stack([at, with_skin, with_head]))
 
 
 _surface = cache(_Surface.of)
@@ -169,19 +164,23 @@ class _Warp:
     def of(cls, points: F32, skin: F32, head: F32 | None, pose: Pose, eyes: _Eyes | None) -> _Warp:
         """From the points (478, 2) and how far they move with the skin and with the head, in pixels."""
         surface = _surface(_SKIN_REACH if head is None else _HEAD_REACH)
-        values = np.concatenate([points, skin] if head is None else [points, skin, head], axis=1).T
-        middle = values.take(FACE_OVAL, axis=1).sum(axis=1, keepdims=True) / np.float32(len(FACE_OVAL))
-        values = np.concatenate([values, middle], axis=1).take(surface.corners, axis=1)
-        move = np.einsum("kcm,cm->km", values[2:4], surface.skin)
-        if head is not None:
-            move += np.einsum("kcm,cm->km", values[4:], surface.head)
-        target = np.einsum("kcm,cm->km", values[:2], surface.at) + move
+        told = (points, skin) if head is None else (points, skin, head)
+        values = np.empty((len(told), 2, POINTS + 1), np.float32)
+        for of_points, to in zip(told, values, strict=True):
+            to[:, :POINTS] = of_points.T
+        values[..., POINTS] = np.add.reduce(values.take(FACE_OVAL, axis=2), axis=2) / np.float32(len(FACE_OVAL))
+        parts = values.take(surface.corners, axis=2)
+        parts *= surface.weights[: len(told), None]
+        at, *moves = np.add.reduce(parts, axis=2)
+        move = moves[0] if head is None else moves[0] + moves[1]
+        target = at + move
         step = max(1, round(pose.scale_px / _CELLS / 2)) * 2  # even: chroma samples are whole
-        moving = target.take(np.flatnonzero(np.maximum(*np.abs(move)) > _MOVES_PX), axis=1)
+        moving = target.compress(np.maximum(*np.abs(move)) > _MOVES_PX, axis=1)
         if eyes is not None:
             moving = np.concatenate([moving, eyes.boxes(eyes.middle).reshape(-1, 2).T], axis=1)
         reached = moving if moving.size else target[:, :1]
-        (x, right), (y, bottom) = ((floor(a.min() / step) - 3, ceil(a.max() / step) + 3) for a in reached)
+        x, y = (floor(low / step) - 3 for low in np.minimum.reduce(reached, axis=1).tolist())
+        right, bottom = (ceil(high / step) + 3 for high in np.maximum.reduce(reached, axis=1).tolist())
         at = target * np.float32(1 / step) - np.array([[x], [y]], np.float32)
         return cls(x * step, y * step, step, _splat(at, -move, right - x, bottom - y))
 
@@ -353,18 +352,18 @@ def _linear(plane: U8, where: F32, to: U8 | None = None) -> U8:
 def _splat(at: F32, values: F32, width: int, height: int) -> F32:
     """Values (2, m) at places (2, m), in cells, onto a grid (2, height, width): smooth, and 0 far from all of them."""
     at = np.subtract(at, 0.5, dtype=np.float64)  # what is counted with is
-    inside = np.flatnonzero(((at >= 0) & (at < [[width - 1], [height - 1]])).all(axis=0))
+    x, y = at
+    inside = ((np.minimum(x, y) >= 0) & (x < width - 1) & (y < height - 1)).nonzero()[0]
     at = at.take(inside, axis=1)
     cell = at.astype(np.intp)
     to_x, to_y = to = at - cell
     from_x, from_y = 1 - to
     share = np.array([from_x * from_y, to_x * from_y, from_x * to_y, to_x * to_y])
-    index = cell[1] * width + cell[0] + np.array([[0], [1], [width], [width + 1]])
-    # The sums of the values and that of the weights, one below the other and so far apart that they do not mix.
-    share = np.array([share, *(share * value for value in values.take(inside, axis=1))])
+    index = (cell[1] * width + cell[0] + np.array([[0], [1], [width], [width + 1]])).ravel()
+    # The sums of the weights and those of the values, one below the other and so far apart that they do not mix.
     all_rows = height + _SMOOTH_REACH
-    index = index + np.arange(3)[:, None, None] * (all_rows * width)
-    sums = np.bincount(index.ravel(), share.ravel(), minlength=3 * all_rows * width).astype(np.float32)
+    counted = (share, *(share * value for value in values.take(inside, axis=1)))
+    sums = np.array([np.bincount(index, of.ravel(), all_rows * width) for of in counted], np.float32)
     size = 2 * _SMOOTH_REACH + 1
     smooth = cv2.GaussianBlur(
         sums.reshape(3 * all_rows, width), (size, size), _SMOOTH_CELLS, borderType=cv2.BORDER_CONSTANT
