@@ -59,13 +59,14 @@ class ExpressionBasis:
     def displacement(self, controls: F32, face: F32) -> F32:
         """How the points of a pose-free `face` (478, 3) move for `controls` (52,), lids apart."""
         controls = _eased(controls)
-        used = np.flatnonzero(controls)
+        (used,) = controls.nonzero()
         before = face[INNER_LOWER, 1] - face[INNER_UPPER, 1]
         gap = float(before[2:7].sum()) / 5
         weights = controls[used]
-        move = (weights @ self.moves[used].reshape(-1, 3 * POINTS)).reshape(POINTS, 3)
+        moves, opens = (shapes.take(used, axis=0).reshape(-1, 3 * POINTS) for shapes in (self.moves, self.opens))
+        move = (weights @ moves).reshape(POINTS, 3)
         if gap > 0:
-            move += ((weights * np.float32(gap)) @ self.opens[used].reshape(-1, 3 * POINTS)).reshape(POINTS, 3)
+            move += ((weights * np.float32(gap)) @ opens).reshape(POINTS, 3)
             # Lips may meet, never cross further than they do.
             after = before + move[INNER_LOWER, 1] - move[INNER_UPPER, 1]
             over = np.maximum(np.minimum(before, 0) - after, 0) / 2
