@@ -312,7 +312,7 @@ class _Planes:
         for plane, to, by in zip(made, self._to, (1, 2, 2), strict=True):
             alpha, rest = alphas[by - 1], rests[by - 1]
             new = plane.reshape(alpha.shape)
-            for i, (x, y) in enumerate(corners):
+            for i, (x, y) in enumerate(corners * (len(alpha) // len(corners))):
                 top, left = (y + layer.y) // by, (x + layer.x) // by
                 under = to[top : top + height // by, left : left + width // by]
                 cv2.blendLinear(new[i], under, alpha[i], rest[i], under)
@@ -593,27 +593,27 @@ class _Eyes:
             over, under: (n, 1, 1) how many pixels of what is seen the upper and the lower lid shade.
 
         Returns:
-            The eyeballs with what is hidden taken from the left of the iris and, to be mixed in, what comes from the right.
+            The eyeballs with what is hidden taken from the left of the iris and, once more, from its right, to be mixed in: (2n).
         """
         bared = _within(hidden)
         if bared is None:
             return [ball]
-        at = (slice(None), *bared)
-        hidden, source = np.ascontiguousarray(hidden[at]), ball.where[:, *at]
+        rows, columns = bared
+        hidden, source = hidden[:, rows, columns], ball.where[..., rows, columns]
         # All in the eye's frame and, from here on, about the pupil.
+        frame = np.array([self.across, self.down])
         pupil = self.iris - np.float32(0.5)
-        (across_x, across_y), (down_x, down_y) = self.across, self.down
         at_x, at_y = source - pupil
-        dx, dy = at_x * across_x + at_y * across_y, at_x * down_x + at_y * down_y
+        dx, dy = frame[:, 0] * at_x + frame[:, 1] * at_y
         to_x, to_y = self.iris - self.corner
-        cx, cy = to_x * across_x + to_y * across_y, to_x * down_x + to_y * down_y
+        cx, cy = frame[:, 0] * to_x + frame[:, 1] * to_y
         upper, lower = (_heights(self.lids, _PART) - cy).transpose(1, 0, 2)[..., None]
         middle = (upper + lower) * np.float32(0.5)
         top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
         # How high a circle around the pupil meets the lid; the lids are nearly level there.
         to_part = _PARTS / self.span_px
         first = np.arange(len(top))[:, None, None] * (_PARTS + 1)
-        index = (cx * to_part).astype(np.intp).clip(0, _PARTS) + first
+        index = (cx * to_part).clip(0, _PARTS).astype(np.intp) + first
         level = np.where(dy < 0, top.take(index), low.take(index))
         reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
         far = dx / self.radius_px
@@ -621,20 +621,18 @@ class _Eyes:
         left, right = np.float32(0.1) * self.span_px - cx, np.float32(0.9) * self.span_px - cx
         to = np.array([-reach, reach]).clip(left, right)
         to += (dx - to) * aside
-        index = ((to + cx) * to_part).astype(np.intp).clip(0, _PARTS) + first
+        index = ((to + cx) * to_part).clip(0, _PARTS).astype(np.intp) + first
         height = np.minimum(np.maximum(dy, top.take(index)), low.take(index))
-        new = np.array([to * across_x + height * down_x, to * across_y + height * down_y])
-        new += pupil[:, None]
-        where, other = ball.where.copy(), source.copy()
-        np.copyto(where[:, *at], new[:, 0], where=hidden)
-        np.copyto(other, new[:, 1], where=hidden)
+        across, down = frame[:, :, None]
+        new = across * to + down * height + pupil[:, None]
         share = _unit(far + np.float32(0.5))
-        share = ball.alpha[at] * share * share * (3 - 2 * share) * hidden.any(axis=(1, 2), keepdims=True)
-        rows, columns = bared
-        return [
-            _Layer(ball.x, ball.y, where, ball.alpha),
-            _Layer(ball.x + columns.start, ball.y + rows.start, other, share),
-        ]
+        share = share * share * (3 - 2 * share) * hidden.any(axis=(1, 2), keepdims=True)
+        where = np.stack([ball.where, ball.where], axis=1)  # from the left and from the right, (2, 2, n, h, w)
+        np.copyto(where[..., rows, columns], new, where=hidden)
+        alpha = np.stack([ball.alpha, np.zeros_like(ball.alpha)])
+        alpha[1, :, rows, columns] = ball.alpha[:, rows, columns] * share
+        height, width = ball.alpha.shape[1:]
+        return [_Layer(ball.x, ball.y, where.reshape(2, -1, height, width), alpha.reshape(-1, height, width))]
 
 
 def _heights(lids: F32, x: npt.NDArray[np.floating]) -> F32:
@@ -655,8 +653,8 @@ def _within(masks: npt.NDArray[np.bool_]) -> _Cut | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """What is drawn over eyes (n): its place in their cuts, where it comes from (2, n, h, w), and how much of it shows
-    (n, h, w)."""
+    """What is drawn over eyes (n), once or several times: its place in their cuts, where it comes from (2, m, h, w), and how much
+    of it shows (m, h, w), all eyes' first, then all their second and so on."""
 
     x: int
     y: int
