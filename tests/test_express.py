@@ -300,6 +300,18 @@ def test_it_follows_the_lips_as_drawn() -> None:
     assert (run(drawn).y != run(asked).y).any()
 
 
+def test_each_picture_of_a_clip_has_its_own_expression() -> None:
+    pictures = portrait(), moved(3, 0), portrait()
+    controls = np.stack([look(mouthSmile=1), look(mouthSmile=1), look(eyeBlink=1)])
+    states = FaceState.OK, FaceState.LOST, FaceState.OK
+    track = FaceTrack((face(), None, face()), states, np.ones(3, np.float32), (0, 0, 0))
+    asked = Clip(Frames(pictures, 0, RATE), track=track, expression=Expression(controls, np.stack([STILL] * 3)))
+    ((first, second, third),) = (clip.frames.pictures for clip in Express(load_basis())(iter([asked])))
+    assert (first.y == made(controls[0]).y).all()
+    assert second is pictures[1]
+    assert (third.y == made(controls[2]).y).all()
+
+
 @pytest.mark.parametrize("shift", [(-200, 0), (250, 0), (0, -110), (0, 330), (-180, 320)])
 def test_a_face_at_the_edge_of_the_picture(shift: tuple[int, int]) -> None:
     points = face().points_px + np.array([*shift, 0], np.float32)

@@ -8,9 +8,9 @@ nothing. The eyes are two layers: the lids' skin, pulled over the opening, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import ceil, cos, dist, floor, radians, sin
 
 import cv2
@@ -55,6 +55,7 @@ class Express:
         assert clip.expression is not None and clip.track is not None
         pictures = list(clip.frames.pictures)
         drawn = clip.drawn or (None,) * len(clip)
+        draws: dict[int, Callable[[], Picture]] = {}
         for i, (picture, face, strength, lips) in enumerate(
             zip(pictures, clip.track.faces, clip.track.strength, drawn, strict=True)
         ):
@@ -63,7 +64,10 @@ class Express:
             points = face.points_px if lips is None else lips
             controls = clip.expression.controls[i] * strength
             head = STILL + (clip.expression.head[i] - STILL) * strength
-            pictures[i] = expressed(picture, points, controls, head, self._basis)
+            draws[i] = _planned(picture, points, controls, head, self._basis)
+        # Pixels last, for all pictures: in between they would drive all else out of the processor's caches.
+        for i, draw in draws.items():
+            pictures[i] = draw()
         return replace(clip, frames=replace(clip.frames, pictures=tuple(pictures)))
 
 
@@ -74,20 +78,27 @@ def expressed(picture: Picture, points_px: F32, controls: F32, head: F32, basis:
         controls: (52,) offsets of the blendshapes.
         head: (6,), as in :class:`beavervision.media.Expression`.
     """
+    return _planned(picture, points_px, controls, head, basis)()
+
+
+def _planned(
+    picture: Picture, points_px: F32, controls: F32, head: F32, basis: ExpressionBasis
+) -> Callable[[], Picture]:
+    """What makes the picture of :func:`expressed`: how points move is already known, the pixels are still to be drawn."""
     turns = cv2.norm(head, STILL, cv2.NORM_INF) >= _LEAST
     if not turns and cv2.norm(controls, cv2.NORM_INF) < _LEAST:
-        return picture
+        return lambda: picture
     pose = fit_pose(points_px)
     region = Region.around(points_px, _AROUND * pose.scale_px, picture.width_px, picture.height_px)
     if region is None or pose.scale_px < _LEAST_FACE_PX:
-        return picture
+        return lambda: picture
     face = pose.to_face(points_px)
     points = points_px[:, :2] - np.array([region.x_px, region.y_px], np.float32)
     move = basis.displacement(controls, face)
     skin_px = pose.vector_to_picture(move)[:, :2]
     head_px = _turned(face + move, head, pose) if turns else None
     eyes = _Eyes.of(points, skin_px, basis.closing(controls), pose)
-    return _Warp.of(points, skin_px, head_px, pose, eyes).apply(picture, region, eyes)
+    return partial(_Warp.of(points, skin_px, head_px, pose, eyes).apply, picture, region, eyes)
 
 
 def _turned(face: F32, head: F32, pose: Pose) -> F32:
