@@ -273,11 +273,10 @@ def _strips(drawn: U8, step: int, shown: _Cut) -> Iterator[_Cut]:
     """Of what is shown of a grid, strips that hold all that is drawn."""
     y, x = (part.start for part in shown)
     height, width = (part.stop - part.start for part in shown)
-    strips = np.maximum.reduceat(drawn, range(0, len(drawn), _ROWS), axis=0)
-    first, after = strips.argmax(axis=1), strips.shape[1] - strips[:, ::-1].argmax(axis=1)
-    for strip in np.flatnonzero(strips.any(axis=1)).tolist():
-        top, left = max(strip * _ROWS * step - y, 0), max(int(first[strip]) * step - x, 0)
-        bottom, right = min((strip + 1) * _ROWS * step - y, height), min(int(after[strip]) * step - x, width)
+    for row in range(0, len(drawn), _ROWS):
+        column, _, columns, _ = cv2.boundingRect(drawn[row : row + _ROWS])
+        top, left = max(row * step - y, 0), max(column * step - x, 0)
+        bottom, right = min((row + _ROWS) * step - y, height), min((column + columns) * step - x, width)
         if top < bottom and left < right:
             yield slice(top, bottom), slice(left, right)
 
