@@ -36,11 +36,14 @@ class MotionBasis:
 
     def displacement(self, coefficients: F32) -> F32:
         """Coefficients (..., k) to displacements (..., n, 3)."""
-        return np.asarray(np.tensordot(coefficients, self.shapes, axes=1), np.float32)
+        _, *shape = self.shapes.shape
+        moved = coefficients @ self.shapes.reshape(len(self.shapes), -1)
+        return np.asarray(moved.reshape(*coefficients.shape[:-1], *shape), np.float32)
 
     def coefficients(self, displacement: F32) -> F32:
         """Displacements (..., n, 3) to coefficients (..., k): the nearest motion of the basis."""
-        return np.asarray(np.tensordot(displacement, self.solve, axes=([-2, -1], [1, 2])), np.float32)
+        flat = displacement.reshape(*displacement.shape[:-2], -1)
+        return np.asarray(flat @ self.solve.reshape(len(self.solve), -1).T, np.float32)
 
     def _row(self, above: IndexArray, below: IndexArray, axis: int) -> F32:
         where = {int(p): i for i, p in enumerate(self.points)}
