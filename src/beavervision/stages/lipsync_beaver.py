@@ -78,12 +78,12 @@ class _Ear:
     """
 
     def __init__(self, motion: Net, rate: Fraction) -> None:
-        self._motion, self._rate = motion, rate
+        self._motion = motion
         self._equalisers = [Equaliser() for _ in range(_DENSE)]
         self._rows: F32 | None = None
         self._stop = 0
-        period = Fraction(1) / rate / _ROW_S
-        self._series = np.unique([round(i * period) % _STEP for i in range(_STEP * period.denominator)])
+        self._period = Fraction(1) / rate / _ROW_S  # rows from one picture to the next
+        self._series = np.unique([self._time(i) % _STEP for i in range(_STEP * self._period.denominator)])
         self._states = np.zeros((len(self._series), PHONE_FEATURES), np.float32)
         self._next = 0  # the picture that the states are those before
 
@@ -106,7 +106,7 @@ class _Ear:
 
     def _time(self, picture: int) -> int:
         """The row that is nearest to it."""
-        return round(Fraction(picture) / self._rate / _ROW_S)
+        return round(picture * self._period)
 
     def _first_steps(self, time: int) -> npt.NDArray[np.intp]:
         """Of each series, the first from `time` on."""
@@ -453,9 +453,8 @@ def _view(planes: tuple[U8, U8, U8], color: Color, matrix: F32, rgb: F32) -> Non
     """Fill `rgb` (3, h, w), 0..1, with a region's planes through `matrix` (continuous coordinates)."""
     shrink = math.hypot(matrix[0, 0], matrix[1, 0])
     size, edge = rgb.shape[:0:-1], cv2.BORDER_REPLICATE
-    views = []
-    for plane, pixel_px in zip(planes, (1, 2, 2), strict=True):
-        to_crop = between_pixels(matrix, (pixel_px, pixel_px))
+    views, half = [], between_pixels(matrix, (2, 2))
+    for plane, pixel_px, to_crop in zip(planes, (1, 2, 2), (between_pixels(matrix), half, half), strict=True):
         if shrink * pixel_px < 0.6:
             plane, to_crop = _smoothed(plane, to_crop, size, 0.35 / (shrink * pixel_px))
         views.append(cv2.warpAffine(plane, to_crop, size, flags=cv2.INTER_LINEAR, borderMode=edge))
