@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -51,47 +51,109 @@ class Flow:
     mask: U8
 
 
-def triangle_flow(source_px: F32, target_px: F32, triangles: _Indices, opening: Opening, size: tuple[int, int]) -> Flow:
-    """The flow over a region of (width, height) `size`, whose points (n, 2) shall come from `source_px` to `target_px`.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parted:
+    """How the lips go on over the mouth's opening, in some of the cells (h, w) of a region: of the upper and of the lower lip the
+    offsets (2, h, w) as if it were alone, and which pixels are its (255, else 0).
+    """
+
+    cells: _Box
+    lips: tuple[tuple[F32, U8], tuple[F32, U8]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Coarse:
+    """What the cells of a region (h, w), each of `step` pixels, tell of its flow: their offsets (2, h, w), and how they part."""
+
+    size: tuple[int, int]  # width, height
+    step: int
+    offsets_px: F32
+    parted: _Parted | None
+    moving: tuple[_Box, ...]
+    mask: U8
+
+
+def triangle_flows(
+    source_px: F32,
+    target_px: F32,
+    triangles: _Indices,
+    shown: npt.NDArray[np.bool_],
+    opening: Opening,
+    sizes: Sequence[tuple[int, int]],
+) -> Iterator[Flow]:
+    """The flows over regions of (width, height) `sizes`, whose points (n, p, 2) shall come from `source_px` to `target_px`.
+
+    What is small is found for all of them before the first comes: it then stays in the CPU's caches.
 
     Args:
         triangles: (t, 3) into the points; of those that overlap the later covers the earlier.
+        shown: (n, t), which of them each region has.
         opening: of the mouth among the points.
     """
-    step = max(1, round(max(size) / _GRID))
-    columns, rows = (-(-side // step) for side in size)
-    target, offset = np.ascontiguousarray(target_px.T), np.ascontiguousarray((source_px - target_px).T)
-    moved = (np.maximum(*np.abs(offset)) > _MOVED_PX)[triangles.T].any(axis=0)
-    offsets, owner = _raster(target / np.float32(step), offset, triangles[moved], (columns, rows))
+    steps = [max(1, round(max(size) / _GRID)) for size in sizes]
+    grids = [(-(-width // step), -(-height // step)) for (width, height), step in zip(sizes, steps, strict=True)]
+    offset_px = np.ascontiguousarray((source_px - target_px).transpose(2, 0, 1))
+    moved = (np.maximum(*np.abs(offset_px)) > _MOVED_PX)[:, triangles.T].any(axis=1)
+    target = target_px.transpose(2, 0, 1) / np.array(steps, np.float32)[:, None]
+    offsets_px, owner = _raster(target, offset_px, triangles, shown & moved, grids)
+    moving = np.maximum(*np.abs(offsets_px)) > _STILL_PX
+    side = np.concatenate([opening.side, _BETWEEN])[owner]
+    upper_px, lower_px = target_px[:, opening.upper], target_px[:, opening.lower]
+    torn = np.abs(offset_px[..., opening.upper] - offset_px[..., opening.lower]).max(axis=(0, 2)) > _TORN_PX
+    coarse, end = [], 0
+    for i, (columns, rows) in enumerate(grids):
+        begin, end = end, end + columns * rows
+        shape, step = (rows, columns), steps[i]
+        offsets, moves = offsets_px[:, begin:end].reshape(2, *shape), moving[begin:end].reshape(shape)
+        sides = side[begin:end].reshape(shape)
+        parted = _parted(offsets, sides, upper_px[i], lower_px[i], step) if torn[i] else None
+        if parted is not None:
+            moves[parted.cells] = True
+        mask = _mask(owner[begin:end].reshape(shape) >= 0, step)
+        coarse.append(_Coarse(sizes[i], step, offsets, parted, tuple(_boxes(moves, step)), mask))
+    return map(_flow, coarse)
+
+
+def _flow(coarse: _Coarse) -> Flow:
+    """The flow over a region, whose cells are known."""
+    (width, height), step = coarse.size, coarse.step
     luma, chroma = (
-        interpolated(places_of_cells(offsets, step, pixel_px=pixel_px), step, pixel_px)[
-            :, : size[1] // pixel_px, : size[0] // pixel_px
+        interpolated(places_of_cells(coarse.offsets_px, step, pixel_px=pixel_px), step, pixel_px)[
+            :, : height // pixel_px, : width // pixel_px
         ]
         for pixel_px in (1, 2)
     )
-    moving = np.maximum(*np.abs(offsets)) > _STILL_PX
-    if np.abs(offset[:, opening.upper] - offset[:, opening.lower]).max() > _TORN_PX:
-        side = np.concatenate([opening.side[moved], _BETWEEN])[owner]
-        cells = _part(luma, offsets, side, target_px[opening.upper], target_px[opening.lower], step)
-        moving[cells] = True
-        box = (slice(None), *(slice(c.start * step // 2, c.stop * step // 2) for c in cells))
+    if coarse.parted is not None:
+        _part(luma[_samples(coarse.parted.cells, step)], coarse.parted, step)
+        box = _samples(coarse.parted.cells, step, pixel_px=2)
         np.multiply(luma[:, ::2, ::2][box], np.float32(0.5), out=chroma[box])
-    moving = cv2.dilate(moving.view(np.uint8), _NEXT) > 0  # places are interpolated
+    return Flow(luma, chroma, coarse.moving, coarse.mask[:height, :width])
+
+
+def _samples(cells: _Box, step: int, pixel_px: int = 1) -> tuple[slice, slice, slice]:
+    """Where the samples of `cells` lie in places (2, h, w); a sample is `pixel_px` pixels wide and high."""
+    rows, columns = (slice(along.start * step // pixel_px, along.stop * step // pixel_px) for along in cells)
+    return slice(None), rows, columns
+
+
+def _mask(owned: npt.NDArray[np.bool_], step: int) -> U8:
+    """For each pixel of the cells (h, w) of `step` pixels, 255 if they are `owned` and 0 else: 0 to 255, softly."""
+    rows, columns = owned.shape
     # Half cells, for an edge that does not widen with them.
-    owned = (owner >= 0).view(np.uint8) * np.uint8(255)
-    inside = cv2.resize(owned, (2 * columns, 2 * rows), interpolation=cv2.INTER_NEAREST)
-    soft = cv2.sepFilter2D(cv2.erode(inside, _NEXT), cv2.CV_32F, _SOFT, _SOFT)
-    mask = cv2.resize(soft.astype(np.uint8), (columns * step, rows * step), interpolation=cv2.INTER_LINEAR)
-    mask = mask[: size[1], : size[0]]
-    return Flow(luma, chroma, tuple(_boxes(moving, step)), np.asarray(mask, np.uint8))
+    whole = owned.view(np.uint8) * np.uint8(255)
+    halves = cv2.resize(whole, (2 * columns, 2 * rows), interpolation=cv2.INTER_NEAREST)
+    soft = cv2.sepFilter2D(cv2.erode(halves, _NEXT), cv2.CV_32F, _SOFT, _SOFT).astype(np.uint8)
+    return np.asarray(cv2.resize(soft, (columns * step, rows * step), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def _boxes(moving: npt.NDArray[np.bool_], step: int) -> Iterator[_Box]:
-    """Few boxes of pixels that together hold the `moving` cells (h, w), of `step` pixels, and little else."""
+    """Few boxes of pixels that together hold the `moving` cells (h, w), of `step` pixels, with those next to them, between which
+    places are interpolated, and little else.
+    """
     rows, columns = moving.shape
     high = max(1, round(_STRIP_PX / step))
     strips = np.zeros((-(-rows // high) * high, columns + 2), np.uint8)
-    strips[:rows, 1:-1] = moving
+    strips[:rows, 1:-1] = cv2.dilate(moving.view(np.uint8), _NEXT)
     strips = strips.reshape(-1, high, columns + 2).max(axis=1)
     of, edges = (found.tolist() for found in np.nonzero(strips[:, 1:] != strips[:, :-1]))
     for strip, first, end in zip(of[::2], edges[::2], edges[1::2], strict=True):
@@ -130,25 +192,33 @@ def interpolated(cells: F32, step: int, pixel_px: int = 1) -> F32:
     return places[:, step:-step, step:-step]
 
 
-def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, int]) -> tuple[F32, _Indices]:
-    """The offsets (2, h, w) in the middles of (width, height) `size` cells, and the triangle of each, or -1.
+def _raster(
+    points: F32, offsets_px: F32, triangles: _Indices, shown: npt.NDArray[np.bool_], sizes: Sequence[tuple[int, int]]
+) -> tuple[F32, _Indices]:
+    """The offsets (2, m) in the middles of the cells of n grids of (width, height) `sizes`, one grid after the other, and the
+    triangle of each cell, or -1.
 
-    A cell belongs to the last of the `triangles` (t, 3) between the points (2, n), in cells, that has its middle, else
-    to the last that comes within half a cell of it. All rows of all triangles are looked at together.
+    A cell belongs to the last of the `triangles` (t, 3) between the points (2, n, p), in cells, that is `shown` (n, t) in its grid
+    and has its middle, else to the last that comes within half a cell of it. All rows of all triangles of all grids are looked at
+    together.
     """
-    width, height = size
-    # The points from the highest to the lowest, so that the numbers of a triangle's tell which is its highest.
-    order = np.argsort(points[1])
+    width, height = np.array(sizes).T
+    ends = np.cumsum(width * height)
+    # The points of a grid from the highest to the lowest, so that the numbers of a triangle's tell which is its highest.
+    _, grids, count = points.shape
+    order = (np.argsort(points[1], axis=1) + count * np.arange(grids)[:, None]).ravel()
     number = np.empty_like(order)
     number[order] = np.arange(len(order))
-    px, py = (along[order] - np.float32(0.5) for along in points)  # whole numbers are the middles of cells
-    one, two, three = number[triangles.T]
+    px, py = points.reshape(2, -1).take(order, axis=1) - np.float32(0.5)  # whole numbers are the middles of cells
+    offset = offsets_px.reshape(2, -1).take(order, axis=1)
+    one, two, three = (number.reshape(grids, count).take(corner, axis=1)[shown] for corner in triangles.T)
+    grid, triangle = np.nonzero(shown)
     a, c = np.minimum(np.minimum(one, two), three), np.maximum(np.maximum(one, two), three)
     b = one + two + three - a - c
     ax, ay, bx, by, cy = px[a], py[a], px[b], py[b], py[c]
     abx, aby, acx, acy = bx - ax, by - ay, px[c] - ax, cy - ay
     area = abx * acy - aby * acx
-    first, rows = _reached(ay, cy, height)
+    first, rows = _reached(ay, cy, height[grid])
     rows[np.abs(area) <= 1e-4] = 0
     over = np.array([aby, acy - aby, acy, area])  # to divide by
     over[over == 0] = 1
@@ -165,38 +235,40 @@ def _raster(points: F32, offsets_px: F32, triangles: _Indices, size: tuple[int, 
     edge = ax_of + below_a * longest
     other = bx_of + below_b * np.where(below_b < 0, upper, lower)
     left, right = np.minimum(edge, other), np.maximum(edge, other)
-    begin, cells = _reached(left, right, width)
-    at = np.repeat(np.arange(len(of)), cells)
-    x = _counted(begin, cells, at)
-    place = x + (row * width)[at]
+    wide = width[grid][of]
+    begin, cells = _reached(left, right, wide)
     enter, leave = np.ceil(left).astype(np.intp), np.floor(right).astype(np.intp)
     leave[y != middle] = -1
-    inside = np.flatnonzero((x >= enter[at]) & (x <= leave[at]))
+    at = np.repeat(np.arange(len(of)), cells)
+    corner = row * wide + (ends - width * height)[grid][of]  # the row's first cell
+    place = _counted(corner + begin, cells, at)
+    inside = np.flatnonzero((place >= (corner + enter)[at]) & (place <= (corner + leave)[at]))
     # Of the triangles that come near a cell the last that has its middle counts, else the last.
-    which = np.full(width * height, -1, np.intp)
+    which = np.full(ends[-1], -1, np.intp)
     which[place] = np.arange(len(place))
     which[place[inside]] = inside
     held = np.flatnonzero(which >= 0)
     which = which[held]
     at = at[which]
-    owner = np.full(width * height, -1, np.intp)
-    owner[held] = mine = of[at]
+    mine = of[at]
+    owner = np.full(ends[-1], -1, np.intp)
+    owner[held] = triangle[mine]
     # The offset is affine in a triangle: it grows by `across` along x and by `along` along y.
-    from_x = np.minimum(np.maximum(x[which].astype(np.float32), left[at]), right[at]) - ax[mine]
+    x = (held - corner[at]).astype(np.float32)
+    from_x = np.minimum(np.maximum(x, left[at]), right[at]) - ax[mine]
     from_y = below_a[at]
-    offset = offsets_px.take(order, axis=1)
     start = offset.take(a, axis=1)
     to_b, to_c = offset.take(b, axis=1) - start, offset.take(c, axis=1) - start
     across, along = (to_b * acy - to_c * aby) / over[3], (to_c * abx - to_b * acx) / over[3]
     start, across, along = np.array([start, across, along]).take(mine, axis=2)
-    found = np.zeros((2, width * height), np.float32)
+    found = np.zeros((2, ends[-1]), np.float32)
     for values, told in zip(found, start + across * from_x + along * from_y, strict=True):
         values[held] = told
-    return found.reshape(2, height, width), owner.reshape(height, width)
+    return found, owner
 
 
-def _reached(low: F32, high: F32, most: int) -> tuple[_Indices, _Indices]:
-    """The first of the whole numbers from 0 to `most` that come within a half of what lies between, and how many do."""
+def _reached(low: F32, high: F32, most: _Indices) -> tuple[_Indices, _Indices]:
+    """The first of the whole numbers from 0 to `most` (n,) that come within a half of what lies between, and how many do."""
     half = np.float32(0.5)
     first = np.maximum(np.ceil(low - half), 0).astype(np.intp)
     return first, np.maximum(np.minimum(np.floor(high + half).astype(np.intp) + 1, most) - first, 0)
@@ -207,42 +279,48 @@ def _counted(first: _Indices, counts: _Indices, of: _Indices) -> _Indices:
     return np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
 
 
-def _part(places: F32, offsets_px: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> _Box:
-    """Let upper and lower lip each go on as they move (in place) over the opening, up to its middle: halfway between a cell of the
-    one and a cell of the other pixels would be taken from what lay between the lips.
+def _parted(offsets_px: F32, side: npt.NDArray[np.int8], upper_px: F32, lower_px: F32, step: int) -> _Parted | None:
+    """How the lips go on over the opening, up to its middle, given the `side` (h, w) of the cells and the points (k, 2) of its
+    edges; None where that is outside of the cells.
 
-    Returns the cells that this may have changed.
+    Halfway between a cell of the one and a cell of the other pixels would be taken from what lay between the lips.
     """
     edges = np.concatenate([upper_px, lower_px[::-1]])
     left, top = (max(math.floor(low / step) - 2 * _REACH, 0) for low in edges.min(axis=0).tolist())
     right, bottom = (math.ceil(high / step) + 2 * _REACH for high in edges.max(axis=0).tolist())
     right, bottom = min(right, side.shape[1]), min(bottom, side.shape[0])
-    cells = np.s_[top:bottom, left:right]
     if left >= right or top >= bottom:
-        return cells
+        return None
+    cells = np.s_[top:bottom, left:right]
     shape = ((bottom - top) * step, (right - left) * step)
     origin = np.array([left * step, top * step], np.float32)
     middle = (upper_px + lower_px) / 2 - origin
     along = middle[-1] - middle[0]
-    down = np.array([-along[1], along[0]])
-    beyond = np.stack([middle[0] - along, middle[-1] + along])
-    below = filled(np.concatenate([beyond[:1], middle, beyond[1:], beyond[::-1] + 4 * down]), shape)
+    first, last, down = middle[0] - along, middle[-1] + along, 4 * np.array([-along[1], along[0]])
+    below = filled(np.array([first, *middle, last, last + down, first + down]), shape)
     reach = 2 * _REACH * step + 1
     near = np.asarray(cv2.dilate(filled(edges - origin, shape), np.ones((reach, reach), np.uint8)), np.uint8)
-    boxes = places[:, top * step : bottom * step, left * step : right * step]
-    rows, columns = boxes.shape[1:]
     offsets = offsets_px[:, *cells]
-    for one, here in ((1, near & ~below), (-1, near & below)):
-        of_one = (side[cells] == one).astype(np.float32)
-        share = cv2.blur(of_one, (5, 5))
-        own = (of_one > 0) | (share <= 0)
-        share = np.maximum(share, np.float32(1e-6))
-        near_one = np.array([cv2.blur(of * of_one, (5, 5)) for of in offsets])
-        whole = np.where(own, offsets, near_one / share)
-        fine = interpolated(places_of_cells(whole, step, left * step, top * step), step)
-        for moved, box in zip(fine, boxes, strict=True):
-            cv2.copyTo(moved[:rows, :columns], here[:rows, :columns], box)
-    return cells
+    upper, lower = (_continued(offsets, side[cells] == one) for one in (1, -1))
+    return _Parted(cells, ((upper, near & ~below), (lower, near & below)))
+
+
+def _continued(offsets_px: F32, known: npt.NDArray[np.bool_]) -> F32:
+    """The offsets (2, h, w) of cells, those that are not `known` (h, w) being the mean of the known that are near, if any."""
+    of_one = known.astype(np.float32)
+    share = cv2.blur(of_one, (5, 5))
+    near = np.array([cv2.blur(of * of_one, (5, 5)) for of in offsets_px])
+    return np.where(known | (share <= 0), offsets_px, near / np.maximum(share, np.float32(1e-6)))
+
+
+def _part(places: F32, parted: _Parted, step: int) -> None:
+    """Let upper and lower lip each go on as they move, in the `places` (2, h, w) of the pixels of cells that part (in place)."""
+    rows, columns = places.shape[1:]
+    top, left = (along.start * step for along in parted.cells)
+    for offsets_px, here in parted.lips:
+        fine = interpolated(places_of_cells(offsets_px, step, left, top), step)
+        for moved, onto in zip(fine, places, strict=True):
+            cv2.copyTo(moved[:rows, :columns], here[:rows, :columns], onto)
 
 
 def filled(points: F32, shape: tuple[int, ...]) -> U8:

@@ -46,7 +46,7 @@ from beavervision.models.beaver import (
 from beavervision.models.inside import inside
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.visemes import Lead, speaking
-from beavervision.models.warp import Opening, triangle_flow, warped
+from beavervision.models.warp import Opening, triangle_flows, warped
 
 _ROW_S = Fraction(1, 200)  # from one row of the sound to the next
 _DENSE = 2  # of them to each row of the motion net
@@ -166,12 +166,9 @@ class BeaverSync:
             at, points = [i for i, _ in faces], np.stack([face.points_px for _, face in faces])
             poses = [fit_pose(face_px) for face_px in points]
             targets = self._targets(points, poses, motion[at], track.strength[at])
-            framed = _topology(_LOWER_POINTS).framed(points, targets)
-            for i, pose, face_px, opens, source_px, target_px, corners_px in zip(
-                at, poses, targets, mesh.openings(targets), *framed, strict=True
-            ):
-                picture, strength = clip.frames.pictures[i], float(track.strength[i])
-                drawing = _Drawing.of(picture, source_px, target_px, corners_px, face_px, pose, strength)
+            pictures = [clip.frames.pictures[i] for i in at]
+            drawn = _drawn(pictures, points, targets, poses, track.strength[at])
+            for i, drawing, opens in zip(at, drawn, mesh.openings(targets), strict=True):
                 if drawing is not None:
                     drawings[i], opening[i] = drawing, opens
         self._paint([d for d in drawings if d is not None])
@@ -246,8 +243,7 @@ def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
     opens = basis.opening * np.float32(_IMAGINED_GAP / (basis.opening @ basis.opening))
     target = source.copy()
     target[basis.points] += pose.vector_to_picture(basis.displacement(basis.closing(pose.to_face(source)) + opens))
-    (source_px,), (target_px,), (corners_px,) = _topology(_LOWER_POINTS).framed(source[None], target[None])
-    drawing = _Drawing.of(picture, source_px, target_px, corners_px, target, pose, 1.0)
+    (drawing,) = _drawn([picture], source[None], target[None], [pose], np.ones(1, np.float32))
     if drawing is None:
         return None
     drawing.imagine()
@@ -285,15 +281,12 @@ class _Topology:
         both = np.concatenate([source[:, self.used], target[:, self.used]], axis=1)
         return source, target, np.stack([both.min(axis=1), both.max(axis=1)], axis=1)
 
-    def facing(self, pose: Pose) -> tuple[npt.NDArray[np.intp], Opening]:
-        """The triangles without those that a head so turned hides: they would cover what is before them with pixels from afar.
+    def facing(self, pose: Pose) -> npt.NDArray[np.bool_]:
+        """Which triangles (t,) a head so turned shows: the others would cover what is before them with pixels from afar.
 
         The average face tells, for in the face's own the lips fold over themselves whenever they close.
         """
-        hidden = (self.normals @ pose.rotation[2] > 0) & (self.normals[:, 2] < 0)
-        if not hidden.any():
-            return self.triangles, self.opening
-        return self.triangles[~hidden], replace(self.opening, side=self.opening.side[~hidden])
+        return np.asarray((self.normals @ pose.rotation[2] <= 0) | (self.normals[:, 2] >= 0), np.bool_)
 
 
 @cache
@@ -338,30 +331,6 @@ class _Drawing:
         self._hole_in = Region.around(lips, reach, region.width_px, region.height_px) or Region(0, 0, 2, 2)
         corner = np.array([self._hole_in.x_px, self._hole_in.y_px], np.float32)
         self._hole = _polygon(lips - corner, (self._hole_in.width_px, self._hole_in.height_px))
-
-    @classmethod
-    def of(
-        cls,
-        picture: Picture,
-        source_px: F32,
-        target_px: F32,
-        corners_px: F32,
-        face_px: F32,
-        pose: Pose,
-        strength: float,
-    ) -> _Drawing | None:
-        """Warp `picture` so that its face comes to lie at `face_px` (478, 3); None where that is outside of it. source_px,
-        target_px (p, 2) and corners_px (2, 2) are those of :meth:`_Topology.framed`.
-        """
-        region = Region.around(corners_px, _MARGIN_PX, picture.width_px, picture.height_px)
-        if region is None:
-            return None
-        origin = np.array([region.x_px, region.y_px], np.float32)
-        triangles, opening = _topology(_LOWER_POINTS).facing(pose)
-        size = (region.width_px, region.height_px)
-        flow = triangle_flow(source_px - origin, target_px - origin, triangles, opening, size)
-        mask = flow.mask if strength >= 1 else np.asarray(cv2.convertScaleAbs(flow.mask, alpha=strength), np.uint8)
-        return cls(region, warped(picture, region, flow), picture.color, mask, face_px, pose)
 
     def hole_area(self) -> float:
         """Of the opening, in pixels of the painter's crop."""
@@ -415,6 +384,41 @@ class _Drawing:
 
     def patch(self) -> Patch:
         return Patch(self._region, *self._planes, self._mask)
+
+
+def _drawn(
+    pictures: Sequence[Picture], source_px: F32, target_px: F32, poses: Sequence[Pose], strength: F32
+) -> list[_Drawing | None]:
+    """Warp each of n pictures so that its face comes from `source_px` to lie at `target_px` (n, 478, 3), at a `strength` (n,); None
+    where a face is outside of its picture.
+    """
+    topology = _topology(_LOWER_POINTS)
+    framed_source_px, framed_target_px, corners_px = topology.framed(source_px, target_px)
+    regions = [
+        Region.around(corners, _MARGIN_PX, picture.width_px, picture.height_px)
+        for corners, picture in zip(corners_px, pictures, strict=True)
+    ]
+    within = [(i, region) for i, region in enumerate(regions) if region is not None]
+    drawings: list[_Drawing | None] = [None] * len(pictures)
+    if not within:
+        return drawings
+    at = [i for i, _ in within]
+    origins = np.array([[region.x_px, region.y_px] for _, region in within], np.float32)[:, None]
+    flows = triangle_flows(
+        framed_source_px[at] - origins,
+        framed_target_px[at] - origins,
+        topology.triangles,
+        np.stack([topology.facing(poses[i]) for i in at]),
+        topology.opening,
+        [(region.width_px, region.height_px) for _, region in within],
+    )
+    # All warps first: what each of the small steps after them needs then stays in the CPU's caches.
+    warps = [(warped(pictures[i], region, flow), flow.mask) for (i, region), flow in zip(within, flows, strict=True)]
+    for (i, region), (planes, mask) in zip(within, warps, strict=True):
+        share = float(strength[i])
+        mask = mask if share >= 1 else np.asarray(cv2.convertScaleAbs(mask, alpha=share), np.uint8)
+        drawings[i] = _Drawing(region, planes, pictures[i].color, mask, target_px[i], poses[i])
+    return drawings
 
 
 def _polygon(points: F32, size: tuple[int, int], grow_px: float = 0.0) -> U8:
