@@ -23,6 +23,7 @@ from beavervision.media import Heard
 from beavervision.models import mesh
 from beavervision.models.basis import MotionBasis
 from beavervision.models.nets.beaver import (
+    DECISION,
     FEATURES,
     HEARS,
     MEL_PER_STEP,
@@ -487,16 +488,19 @@ def test_augmented_rows_stay_log_mel() -> None:
     assert not torch.allclose(changed, rows, atol=0.1)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_mouth(machine: Machine) -> None:
-    rng = np.random.default_rng(0)
+def some_mouths() -> painter.Mouths:
     angle = np.linspace(np.pi, -np.pi, 20, endpoint=False)
     ring = np.stack([48 + 20 * np.cos(angle), 40 - 10 * np.sin(angle)], axis=1)
     count = 30
-    crops = rng.integers(0, 255, (count, 80, 96, 3), np.uint8)
+    crops = np.random.default_rng(0).integers(0, 255, (count, 80, 96, 3), np.uint8)
     row = clips.Row("c.mp4", "train", "p", 3.0, 200.0, 0.0)
     every = np.arange(count)
-    mouths = painter.Mouths(row, crops, np.repeat(ring[None], count, axis=0).astype(np.float32), every, every, every)
+    return painter.Mouths(row, crops, np.repeat(ring[None], count, axis=0).astype(np.float32), every, every, every)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_mouth(machine: Machine) -> None:
+    rng, mouths = np.random.default_rng(0), some_mouths()
     for _ in range(5):
         given, wanted = painter.example(mouths, rng)
         assert given.shape == (12, 80, 96)
@@ -510,6 +514,26 @@ def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_m
     net = painter.train([mouths], [mouths], options, Path("/dev/null"), machine)
     assert not net.training
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
+
+
+def test_the_painter_learns_to_make_of_low_crops_what_it_made_of_whole_ones(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    teacher, mouths = PainterNet((4, 4, 8)), some_mouths()
+    with torch.no_grad():
+        for weights in teacher.parameters():
+            weights.mul_(3 if weights.ndim == 4 else 1)  # so that what is far away matters
+    options = painter.Options(batch=6, low_iterations=60, low_rate=1e-3)
+    learned = painter.teach_low(teacher, [mouths], options, tmp_path / "low.pt")
+    rng = np.random.default_rng(5)
+    given, _ = painter.batch_of([painter.example(mouths, rng) for _ in range(12)])
+    with torch.no_grad():
+        wanted = [teacher.chosen(teacher.told(given), given, decision) for decision in (1.0, DECISION)]
+        low, of_low = painter.low_crops(given, wanted)
+        assert low.shape[2] == 40 and len(low) > 6
+        before, after = (float(painter.apart(net, low, of_low)) for net in (teacher, learned))
+    assert after < 0.88 * before
+    saved = torch.load(tmp_path / "low.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in learned.state_dict().items())
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read() -> None:

@@ -1,14 +1,19 @@
 """The painter of the inside of the mouth: it redraws the opening of a picture from another picture of the same clip.
 
     python -m training.painter --data work/data --weights work/weights
+    python -m training.painter --low --data work/data --weights work/weights
 
 It needs no sound. The opening of the picture to redraw is blanked, so that the old mouth cannot leak. After a while a small
 patch discriminator (Isola et al., 2017) with the hinge loss and spectral normalisation (Miyato et al., 2018) asks for sharpness.
+
+Then it learns to make of the rows of the crop that it is shown where they hold the opening what it made of all of them
+(distillation, Hinton et al., 2015).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from beavervision.media import F32, U8
-from beavervision.models.beaver import PAINT_SIZE
+from beavervision.models.beaver import PAINT_SIZE, painted_rows
 from beavervision.models.mesh import INNER_LIP, IndexArray, fit_pose
-from beavervision.models.nets.beaver import PainterNet
+from beavervision.models.nets.beaver import DECISION, PainterNet
 from training.clips import CROP_PX, CROP_UNIT_PX, Row, read_index, read_points, unpack_points
 from training.machine import CPU, Machine, add_options, machine_of
 from training.pack import read_crops
@@ -200,6 +205,8 @@ class Options:
     adversary: int = 2500
     rate: float = 1.5e-3
     adversarial: float = 0.012
+    low_iterations: int = 2000
+    low_rate: float = 3e-4
     seed: int = 0
 
 
@@ -267,6 +274,66 @@ def train(
     return average.eval().cpu()
 
 
+def teach_low(teacher: PainterNet, trained: list[Mouths], options: Options, save: Path) -> PainterNet:
+    """A painter that makes of the rows of :func:`beavervision.models.beaver.painted_rows` what `teacher` makes of all rows of the
+    mouths of `trained`, and of all rows the same; `save` has the averaged weights."""
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    teacher.eval().requires_grad_(False)
+    net, average = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
+    optimiser = torch.optim.AdamW(net.parameters(), options.low_rate, betas=(0.8, 0.99), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, options.low_rate, total_steps=options.low_iterations, pct_start=0.05
+    )
+    share = np.array([m.share for m in trained])
+    share /= share.sum()
+    for step in range(options.low_iterations):
+        chosen = rng.choice(len(trained), options.batch, p=share)
+        given, _ = batch_of([example(trained[i], rng) for i in chosen])
+        with torch.no_grad():
+            wanted = _soft_and_sharp(teacher, given)
+        loss = 0.3 * apart(net, given[:3], [w[:3] for w in wanted])
+        low, wanted = low_crops(given, wanted)
+        if len(low):
+            loss = loss + apart(net, low, wanted)
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        schedule.step()
+        follow(average, net, min(0.995, step / (step + 20)))
+        if (step + 1) % 250 == 0 or step + 1 == options.low_iterations:
+            save.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(average.state_dict(), save)
+            print(f"{step + 1}: {loss.item():.4f} from what is made of all rows", flush=True)
+    return average.eval()
+
+
+def _soft_and_sharp(net: PainterNet, given: Tensor) -> list[Tensor]:
+    """What it makes with its shares as they were learned, and sharpened."""
+    told = net.told(given)
+    return [net.chosen(told, given, decision) for decision in (1.0, DECISION)]
+
+
+def apart(net: PainterNet, given: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+    """How far what `net` makes is from what is wanted, soft and sharp, in the opening."""
+    mask = functional.max_pool2d(given[:, 3:4], 3, 1, 1)
+    away = [
+        ((made - as_wanted).abs() * mask).sum() + gradient_loss(made, as_wanted, mask)
+        for made, as_wanted in zip(_soft_and_sharp(net, given), wanted, strict=True)
+    ]
+    return torch.stack(away).sum() / mask.sum() / 3
+
+
+def low_crops(given: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The rows of those crops (b, 12, 80, 96) that need not be painted whole, and of what is wanted of them."""
+    shown = [painted_rows(np.asarray(255 * hole, np.uint8)) for hole in given[:, 3].numpy()]
+    low = [i for i, rows in enumerate(shown) if rows.stop - rows.start < HEIGHT]
+    of_low, *of_wanted = (
+        torch.stack([layers[i][:, shown[i]] for i in low]) if low else layers[:0] for layers in (given, *wanted)
+    )
+    return of_low, of_wanted
+
+
 def figures(net: PainterNet, unmet: list[Mouths]) -> tuple[float, float]:
     """Mean absolute difference in the opening, 0 to 1: painted, and the reference copied as it is (the control)."""
     net.eval()
@@ -294,7 +361,8 @@ def main() -> None:
     usual = Options()
     parser.add_argument("--data", type=Path, default=Path("work/data"))
     parser.add_argument("--weights", type=Path, default=Path("work/weights"))
-    parser.add_argument("--iterations", type=int, default=usual.iterations)
+    parser.add_argument("--low", action="store_true", help="teach painter.pt low crops: painter_low.pt")
+    parser.add_argument("--iterations", type=int, help=f"{usual.iterations}, or {usual.low_iterations} with --low")
     parser.add_argument("--batch", type=int, default=usual.batch)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=usual.seed)
@@ -304,10 +372,12 @@ def main() -> None:
     machine = machine_of(args)
     cv2.setNumThreads(1)
     torch.set_num_threads(args.threads)
+    iterations = 6 if args.smoke else args.iterations
     options = Options(
-        iterations=6 if args.smoke else args.iterations,
+        iterations=iterations or usual.iterations,
         batch=2 if args.smoke else args.batch,
-        adversary=3 if args.smoke else min(usual.adversary, args.iterations // 3),
+        adversary=min(usual.adversary, (iterations or usual.iterations) // 3),
+        low_iterations=iterations or usual.low_iterations,
         seed=args.seed,
     )
     rows = [r for r in read_index(args.data) if (args.data / f"{r.name}.mp4").exists()]
@@ -316,7 +386,12 @@ def main() -> None:
     unmet = [m for m in mouths if m.row.split == "validate"][::2][:24]
     if not trained or not unmet:
         raise SystemExit("No clip of either split has a large and open enough mouth. Pack more clips.")
-    train(trained, unmet, options, args.weights / "painter.pt", machine)
+    if args.low:
+        teacher = PainterNet()
+        teacher.load_state_dict(torch.load(args.weights / "painter.pt", map_location="cpu", weights_only=True))
+        teach_low(teacher, trained, options, args.weights / "painter_low.pt")
+    else:
+        train(trained, unmet, options, args.weights / "painter.pt", machine)
 
 
 if __name__ == "__main__":

@@ -219,14 +219,22 @@ class PainterNet(nn.Module):
         self.leave = nn.Sequential(nn.Conv2d(a, 24, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.chosen(self.told(x), x, 1.0 if self.training else DECISION)
+
+    def told(self, x: Tensor) -> Tensor:
+        """Its own colour (3), and how it likes that, the reference on the skull and that on the jaw: (batch, 6, h, 96)."""
         fine = self.fine(self.enter(x - 0.5))
         middle = self.middle(self.down1(fine))
         deep = self.deep(self.down2(middle))
         middle = self.middle_out(middle + self.up2(deep))
         fine = self.fine_out(fine + self.up1(middle))
-        out = self.leave(fine)
+        told: Tensor = self.leave(fine)
+        return told
+
+    def chosen(self, out: Tensor, x: Tensor, decision: float) -> Tensor:
+        """What is painted if what is told decides so sharply."""
         # A softmax whose parts ONNX Runtime computes without transposing; the bounds keep half precision finite.
-        likes = torch.exp((out[:, 3:6] * (1.0 if self.training else DECISION)).clamp(-9.0, 9.0))
+        likes = torch.exp((out[:, 3:6] * decision).clamp(-9.0, 9.0))
         share = likes / (likes[:, :1] + likes[:, 1:2] + likes[:, 2:])
         colour = torch.sigmoid(out[:, :3])
         return colour * share[:, :1] + x[:, 4:7] * share[:, 1:2] + x[:, 8:11] * share[:, 2:]
