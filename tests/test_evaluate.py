@@ -331,7 +331,8 @@ def test_an_offset_at_the_end_of_the_searched_range_was_not_found(tmp_path: Path
     assert [row.late_s for row in talker_rows(tmp_path, "validate")] == [0.36, 0.0, 0.0, -0.2]
 
 
-def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
+def test_follow_finds_the_products_own_mouth_in_time(talkers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEAVERVISION_CRF", "12")  # so that the control tells of the measure more than of the encoder
     told: list[str] = []
     report = follow(
         talkers,
@@ -346,7 +347,7 @@ def test_follow_finds_the_products_own_mouth_in_time(talkers: Path) -> None:
     assert clip.in_time
     assert abs(clip.lag_ms) < 25, "the sound's offset in the index was not corrected"
     assert "two.wav" in report.left_out
-    assert clip.real is not None and clip.real.opening_r > 0.98 and clip.real.lmd < clip.lmd < 0.1
+    assert clip.real is not None and clip.real.opening_r > 0.99 and clip.real.lmd < clip.lmd < 0.1
     assert clip.people_mean_lmd is None and clip.chance is None, "there is nobody else"
     figures = json.loads(json.dumps(report.as_dict()))
     assert figures["median_opening_r"] == pytest.approx(clip.opening_r, abs=1e-3)
@@ -471,6 +472,7 @@ def couple(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEAVERVISION_CRF", "12")  # so that the control tells of the measure more than of the encoder
     share = Share(6, 10, 0.5)
     spoken = ArticulationReport(share, share, share, share, share, share, 0.05, 0.2, 9.0, 1.0, {})
     monkeypatch.setattr(table_module, "articulation", lambda *args, by_ear: spoken)
@@ -478,7 +480,7 @@ def test_the_table_scores_footage_beside_the_real_video(couple: Path, monkeypatc
     (clip,) = report.clips
     assert clip.made.opening_r is not None and clip.made.opening_r > 0.8
     assert clip.made.lag_ms is not None and abs(clip.made.lag_ms) < 30, "the sound's offset was not corrected"
-    assert clip.real.opening_r is not None and clip.real.opening_r > 0.98
+    assert clip.real.opening_r is not None and clip.real.opening_r > 0.99
     assert clip.real.quality > clip.made.quality
     assert clip.real.psnr_db is not None and clip.made.psnr_db is not None
     assert clip.real.psnr_db > clip.made.psnr_db > 20
