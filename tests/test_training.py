@@ -516,14 +516,16 @@ def test_the_painter_learns_from_other_pictures_of_the_clip_and_never_sees_the_m
     assert all(bool(torch.isfinite(value).all()) for value in net.state_dict().values())
 
 
-def test_the_painter_learns_to_make_of_low_crops_what_it_made_of_whole_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_painter_learns_to_make_of_low_crops_what_it_made_of_whole_ones(machine: Machine, tmp_path: Path) -> None:
     torch.manual_seed(3)
     teacher, mouths = PainterNet((4, 4, 8)), some_mouths()
     with torch.no_grad():
         for weights in teacher.parameters():
             weights.mul_(3 if weights.ndim == 4 else 1)  # so that what is far away matters
     options = painter.Options(batch=6, low_iterations=60, low_rate=1e-3)
-    learned = painter.teach_low(teacher, [mouths], options, tmp_path / "low.pt")
+    learned = painter.teach_low(teacher, [mouths], options, tmp_path / "low.pt", machine)
+    teacher.cpu()
     rng = np.random.default_rng(5)
     given, _ = painter.batch_of([painter.example(mouths, rng) for _ in range(12)])
     with torch.no_grad():

@@ -34,6 +34,7 @@ from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import ROWS, STEPS
 from training.between import load_net as load_between_net
 from training.motion import load_net
+from training.painter import load_painter
 from training.sync import load_scorer
 
 OPSET = 17
@@ -79,12 +80,6 @@ def export_between(net: BetweenNet, path: Path) -> float:
     names = ("mouth", "face", "steps", "off", "unsure")
     _export(net, example, path, [*names[:3]], [*names[3:]], {name: {0: "n"} for name in names})
     return max(_difference(net, tuple(x[:n] for x in example), path) for n in (1, 2))
-
-
-def load_painter(path: Path) -> PainterNet:
-    net = PainterNet()
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net.eval()
 
 
 def _export(

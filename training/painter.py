@@ -21,6 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -210,6 +211,18 @@ class Options:
     seed: int = 0
 
 
+def load_painter(path: Path) -> PainterNet:
+    net = PainterNet()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return net.eval()
+
+
+def shares(mouths: Sequence[Mouths]) -> npt.NDArray[np.float64]:
+    """How often to train on each of the clips, 1 in all."""
+    share = np.array([m.share for m in mouths])
+    return np.asarray(share / share.sum())
+
+
 def batch_of(examples: Sequence[tuple[F32, F32]]) -> tuple[Tensor, Tensor]:
     given, wanted = (torch.from_numpy(np.stack(v)) for v in zip(*examples, strict=True))
     return given, wanted
@@ -229,8 +242,7 @@ def train(
         optimiser, options.rate, total_steps=options.iterations, pct_start=0.05
     )
     critic_optimiser = torch.optim.AdamW(critic.parameters(), 4e-4, betas=(0.5, 0.99))
-    share = np.array([m.share for m in trained])
-    share /= share.sum()
+    share = shares(trained)
     began = time.monotonic()
     for step in range(options.iterations):
         chosen = rng.choice(len(trained), options.batch, p=share)
@@ -274,28 +286,29 @@ def train(
     return average.eval().cpu()
 
 
-def teach_low(teacher: PainterNet, trained: list[Mouths], options: Options, save: Path) -> PainterNet:
+def teach_low(
+    teacher: PainterNet, trained: list[Mouths], options: Options, save: Path, machine: Machine = CPU
+) -> PainterNet:
     """A painter that makes of the rows of :func:`beavervision.models.beaver.painted_rows` what `teacher` makes of all rows of the
     mouths of `trained`, and of all rows the same; `save` has the averaged weights."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    teacher.eval().requires_grad_(False)
+    teacher.to(machine.device).eval().requires_grad_(False)
     net, average = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
     optimiser = torch.optim.AdamW(net.parameters(), options.low_rate, betas=(0.8, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, options.low_rate, total_steps=options.low_iterations, pct_start=0.05
     )
-    share = np.array([m.share for m in trained])
-    share /= share.sum()
+    share = shares(trained)
     for step in range(options.low_iterations):
         chosen = rng.choice(len(trained), options.batch, p=share)
-        given, _ = batch_of([example(trained[i], rng) for i in chosen])
+        given = batch_of([example(trained[i], rng) for i in chosen])[0].to(machine.device)
         with torch.no_grad():
-            wanted = _soft_and_sharp(teacher, given)
-        loss = 0.3 * apart(net, given[:3], [w[:3] for w in wanted])
+            wanted = _soft_and_sharp(teacher, given, machine)
+        loss = 0.3 * apart(net, given[:3], [w[:3] for w in wanted], machine)
         low, wanted = low_crops(given, wanted)
         if len(low):
-            loss = loss + apart(net, low, wanted)
+            loss = loss + apart(net, low, wanted, machine)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
@@ -305,28 +318,30 @@ def teach_low(teacher: PainterNet, trained: list[Mouths], options: Options, save
             save.parent.mkdir(parents=True, exist_ok=True)
             torch.save(average.state_dict(), save)
             print(f"{step + 1}: {loss.item():.4f} from what is made of all rows", flush=True)
-    return average.eval()
+    return average.eval().cpu()
 
 
-def _soft_and_sharp(net: PainterNet, given: Tensor) -> list[Tensor]:
+def _soft_and_sharp(net: PainterNet, given: Tensor, machine: Machine) -> list[Tensor]:
     """What it makes with its shares as they were learned, and sharpened."""
-    told = net.told(given)
+    with machine.precision():
+        told = net.told(given)
+    told = told.float()
     return [net.chosen(told, given, decision) for decision in (1.0, DECISION)]
 
 
-def apart(net: PainterNet, given: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+def apart(net: PainterNet, given: Tensor, wanted: Sequence[Tensor], machine: Machine = CPU) -> Tensor:
     """How far what `net` makes is from what is wanted, soft and sharp, in the opening."""
     mask = functional.max_pool2d(given[:, 3:4], 3, 1, 1)
     away = [
         ((made - as_wanted).abs() * mask).sum() + gradient_loss(made, as_wanted, mask)
-        for made, as_wanted in zip(_soft_and_sharp(net, given), wanted, strict=True)
+        for made, as_wanted in zip(_soft_and_sharp(net, given, machine), wanted, strict=True)
     ]
     return torch.stack(away).sum() / mask.sum() / 3
 
 
 def low_crops(given: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The rows of those crops (b, 12, 80, 96) that need not be painted whole, and of what is wanted of them."""
-    shown = [painted_rows(np.asarray(255 * hole, np.uint8)) for hole in given[:, 3].numpy()]
+    shown = [painted_rows(np.asarray(255 * hole, np.uint8)) for hole in given[:, 3].cpu().numpy()]
     low = [i for i, rows in enumerate(shown) if rows.stop - rows.start < HEIGHT]
     of_low, *of_wanted = (
         torch.stack([layers[i][:, shown[i]] for i in low]) if low else layers[:0] for layers in (given, *wanted)
@@ -387,9 +402,7 @@ def main() -> None:
     if not trained or not unmet:
         raise SystemExit("No clip of either split has a large and open enough mouth. Pack more clips.")
     if args.low:
-        teacher = PainterNet()
-        teacher.load_state_dict(torch.load(args.weights / "painter.pt", map_location="cpu", weights_only=True))
-        teach_low(teacher, trained, options, args.weights / "painter_low.pt")
+        teach_low(load_painter(args.weights / "painter.pt"), trained, options, args.weights / "painter_low.pt", machine)
     else:
         train(trained, unmet, options, args.weights / "painter.pt", machine)
 

@@ -298,8 +298,7 @@ def _gap(picture: Picture, face: Face, nets: FaceNets) -> float:
     found = nets.face(picture, Crop.of_points(face.points_px))
     if found is None:
         return float("nan")
-    points = mesh.fit_pose(found.points_px).to_face(found.points_px)
-    return float((points[mesh.INNER_LOWER[2:7], 1] - points[mesh.INNER_UPPER[2:7], 1]).mean())
+    return float(mesh.gaps(mesh.fit_pose(found.points_px).to_face(found.points_px)))
 
 
 def _summed(spoken: Sequence[_Spoken]) -> Speech:

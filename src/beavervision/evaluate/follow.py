@@ -43,9 +43,7 @@ _REACH_S = 0.4  # of the lag that is searched
 FOUND_S = 0.38  # a sound offset of an index from which on it lies at the end of the searched range: it was not found
 CONTROLS = {"real video": "real", "another person's words": "chance"}
 _BLOCK, _FOOTAGE_CRF = 8, 12  # of footage in another order: how it is written
-_TURNED = (
-    0.01  # opening (in eye distances) that a degree of turn away from the usual one is worth when the still is chosen
-)
+_TURNED = 0.01  # opening (in eye distances) that a degree away from the usual turn is worth when the still is chosen
 
 _Row = TypeVar("_Row")
 _Found = TypeVar("_Found")
@@ -234,7 +232,7 @@ def follow(
     rows = talker_rows(folder, split, limit)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     nets = FaceNets()
-    judge = None if index_offsets else SyncJudge()
+    judge = None if index_offsets else SyncJudge(nets)
     facts: dict[str, Any] = {}
 
     def one(row: TalkerRow) -> _Seen:

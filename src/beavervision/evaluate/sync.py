@@ -18,7 +18,7 @@ from beavervision.media import F32
 from beavervision.models.basis import AMPLITUDES, GAP_STD, REST_SHARE, MotionBasis
 from beavervision.models.cards import SYNC_SCORER, load_data
 from beavervision.models.face import FaceNets
-from beavervision.models.mesh import INNER_LOWER, INNER_UPPER
+from beavervision.models.mesh import gaps
 from beavervision.models.runtime import OnnxNet
 from beavervision.models.sync import REACH, ROWS, SOUND_RMS, STEPS
 from beavervision.stages.decode import read_audio
@@ -66,11 +66,11 @@ class SyncReport:
 class SyncJudge:
     """The scorer, loaded."""
 
-    def __init__(self) -> None:
-        """Raises ModelError where a shipped file is damaged."""
+    def __init__(self, nets: FaceNets | None = None) -> None:
+        """`nets` are those that find faces, loaded anew if None. Raises ModelError where a shipped file is damaged."""
         self._net = OnnxNet(load_data(SYNC_SCORER.files[0]), name=SYNC_SCORER.name)
         self._basis = MotionBasis.parse(load_data("beaver_basis.npz"))
-        self._faces = FaceNets()
+        self._faces = nets or FaceNets()
 
     def judge(self, video: Path | str) -> SyncReport:
         """The agreement of sound and lips in a video of one speaker, up to ±0.6 s.
@@ -124,9 +124,8 @@ class SyncJudge:
         steps = (np.arange(len(rows) // 2) - around) * STEP_S
         values = np.stack([np.interp(steps, times_s, column) for column in lips.T], axis=1).astype(np.float32)
         after = np.clip(np.searchsorted(times_s, steps), 1, len(times_s) - 1)
-        seen = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps)) < 2 * (
-            faces.times_s[1] - faces.times_s[0]
-        )
+        away_s = np.minimum(np.abs(times_s[after] - steps), np.abs(times_s[after - 1] - steps))
+        seen = away_s < 2 * (faces.times_s[1] - faces.times_s[0])
         least = _SEEN * (min(float(seen.sum() / STEPS), 1.0) if around else 1.0)
         scores, starts = [], []
         for first in range(REACH, len(values) - STEPS - REACH + 1, hop):
@@ -140,7 +139,7 @@ class SyncJudge:
 
     def _motion(self, points: F32) -> F32:
         """Coefficients (t, k) against the person's own resting mouth, in units of an average speaker's motion."""
-        gap = (points[:, INNER_LOWER[2:7], 1] - points[:, INNER_UPPER[2:7], 1]).mean(axis=1)
+        gap = gaps(points)
         rest = points[gap <= np.quantile(gap, REST_SHARE)].mean(axis=0)
         amplitude = float(np.clip(gap.std() / GAP_STD, *AMPLITUDES))
         return self._basis.coefficients((points - rest)[:, self._basis.points]) / np.float32(amplitude)

@@ -84,8 +84,7 @@ class FaceTrace:
     @property
     def opening(self) -> F32:
         """How far the inner lips are apart in the middle of the mouth, (t,)."""
-        apart = self.points[:, mesh.INNER_LOWER[2:7], 1] - self.points[:, mesh.INNER_UPPER[2:7], 1]
-        return np.asarray(apart.mean(axis=1), np.float32)
+        return mesh.gaps(self.points)
 
 
 def face_trace(path: Path | str, nets: FaceNets) -> FaceTrace:

@@ -123,8 +123,7 @@ class Style:
             if face is None:
                 continue
             pose = mesh.fit_pose(face.points_px)
-            points = pose.to_face(face.points_px)
-            gaps.append(float((points[mesh.INNER_LOWER[2:7], 1] - points[mesh.INNER_UPPER[2:7], 1]).mean()))
+            gaps.append(float(mesh.gaps(pose.to_face(face.points_px))))
             roll_deg = float(np.degrees(np.arctan2(pose.rotation[1, 0], pose.rotation[0, 0])))
             turns.append((pose.yaw_deg, pose.pitch_deg, roll_deg))
             shapes.append(face.blendshapes)

@@ -115,6 +115,12 @@ def fit_pose(points_px: F32) -> Pose:
     return Pose(rotation.astype(np.float32), scale, shift.astype(np.float32))
 
 
+def gaps(points: F32) -> F32:
+    """The inner lip gaps (...) of pose-free faces (..., 478, 3): means over the middle of the mouth, in eye distances."""
+    apart = points[..., INNER_LOWER[2:7], 1] - points[..., INNER_UPPER[2:7], 1]
+    return np.asarray(apart.mean(axis=-1), np.float32)
+
+
 def openings(points: F32) -> F32:
     """The inner lip gaps (n,) of faces (n, 478, 3), any frame: means over the middle of the mouth, in mouth widths."""
     gaps = points[:, INNER_UPPER[2:7], :2] - points[:, INNER_LOWER[2:7], :2]

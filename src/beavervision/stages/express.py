@@ -555,7 +555,7 @@ class _Eyes:
         at_x, at_y = coarse - (self.corner - np.float32(0.5))
         (across_x, across_y), (down_x, down_y) = self.across, self.down
         x = (at_x * across_x + at_y * across_y) / self.span_px
-        upper, lower = self._heights(x)
+        upper, lower = self._curves(x)
         gap = np.maximum(lower - upper, 0)
         fall, rise = gap * self.closes
         margin = np.minimum(gap * np.float32(0.25), np.float32(_MARGIN * self.scale_px))
@@ -564,9 +564,9 @@ class _Eyes:
         widest = gap.max(axis=(1, 2), keepdims=True)
         swept = fall
         if (self.closes[0] > 0).any():
-            # They go with the lid where they are rooted, further inwards.
+            # Lashes go with the lid where they are rooted, further inwards.
             root = x - (-y).clip(0, self.lash_px) * (self.outward * _SWEEP / self.span_px)
-            upper, lower = self._heights(root)
+            upper, lower = self._curves(root)
             swept = np.maximum(lower - upper, gap) * self.closes[0]
         if small:
             return y, fall, rise, seam, swept, widest
@@ -577,7 +577,7 @@ class _Eyes:
         y, fall, rise, seam, swept = fine
         return y, fall, rise, seam, swept, widest
 
-    def _heights(self, x: F32) -> tuple[F32, F32]:
+    def _curves(self, x: F32) -> tuple[F32, F32]:
         """Of the upper and the lower lid at places (n, h, w) from corner to corner, each (n, h, w)."""
         heights = _heights(self.lids, x.reshape(len(x), 1, -1)).reshape(-1, 2, *x.shape[1:])
         return heights[:, 0], heights[:, 1]

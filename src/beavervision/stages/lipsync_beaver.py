@@ -222,7 +222,7 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
     poses = [fit_pose(r.face.points_px) for r in references]
     frontal = [i for i, p in enumerate(poses) if abs(p.yaw_deg) < _FRONTAL_DEG] or list(range(len(poses)))
     faces = np.stack([poses[i].to_face(references[i].face.points_px) for i in frontal])
-    gaps = (faces[:, mesh.INNER_LOWER[2:7], 1] - faces[:, mesh.INNER_UPPER[2:7], 1]).mean(axis=1)
+    gaps = mesh.gaps(faces)
     rest = faces[gaps <= np.quantile(gaps, REST_SHARE)].mean(axis=0)
     rest[basis.points] += basis.displacement(basis.closing(rest))
     moves = len(frontal) >= 8 and gaps.std() > 0.25 * GAP_STD
