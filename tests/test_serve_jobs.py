@@ -155,6 +155,18 @@ def test_lists_are_of_one_owner_newest_first_in_pages(table: JobTable, clock: Cl
     assert table.list("me", state=State.RUNNING) == ()
 
 
+def test_demand_counts_what_could_be_taken_now(table: JobTable, clock: Clock) -> None:
+    for _ in range(3):
+        queued(table)
+    assert table.demand() == (3, frozenset())
+    taken(table, "a")
+    assert table.demand() == (2, {"a"})
+    table.fail(taken(table, "b"), "device", "busy", passing=True)  # tried again later
+    assert table.demand() == (1, {"a"})
+    clock.now_s += LEASE_S + 1  # and "a" fell silent
+    assert table.demand() == (3, frozenset())
+
+
 def test_figures_are_measured(table: JobTable, clock: Clock) -> None:
     assert table.figures().success_rate is None
     for wait_s in (1, 2, 4):

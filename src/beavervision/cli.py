@@ -856,11 +856,18 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on; by default this machine only.")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on; 0 takes a free one.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that draw, each with one job at a time.")] = None,
+    workers_max: Annotated[int | None, typer.Option(help="As many of them while jobs wait for one.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where jobs, uploads and results are kept.")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Make an API key, print it, and end.")] = None,
 ) -> None:
     """Run the service: a REST API with jobs that survive a crash. Needs the extra serve."""
-    given: dict[str, Any] = {"serve_host": host, "serve_port": port, "serve_workers": workers, "serve_folder": folder}
+    given: dict[str, Any] = {
+        "serve_host": host,
+        "serve_port": port,
+        "serve_workers": workers,
+        "serve_workers_max": workers_max,
+        "serve_folder": folder,
+    }
     settings = replace(Settings.load(), **{name: value for name, value in given.items() if value is not None})
     try:
         from beavervision.serve.access import add_key, key_file

@@ -54,6 +54,8 @@ class Settings:
     serve_folder: Path = Path("~/.local/share/beavervision/serve")  # database, uploads, results, audit log
     serve_database: str = ""  # an SQLAlchemy URL; empty: SQLite in serve_folder
     serve_workers: int = 1  # processes, each with one job at a time
+    serve_workers_max: int = 0  # as many of them while jobs wait; 0: never more than serve_workers
+    serve_idle_s: float = 120.0  # a worker beyond serve_workers ends when it had no job for so long
     serve_keys: str = ""  # a file of hashed API keys; empty: <serve_folder>/keys, if there is one
     serve_open: bool = False  # let anybody in who can reach serve_host; without keys only this machine may
     serve_secret: str = ""  # signs links to results; empty: made once and kept in serve_folder
@@ -151,9 +153,18 @@ class Settings:
             raise UsageError(f"serve_log is text or json, not {self.serve_log!r}.")
         if bool(self.serve_c2pa_cert) != bool(self.serve_c2pa_key):
             raise UsageError("serve_c2pa_cert and serve_c2pa_key belong together: set both or none.")
-        for name in ("serve_wait_s", "serve_drain_s", "serve_rate_per_s", "serve_daily_media_s"):
+        if 0 != self.serve_workers_max < self.serve_workers:
+            raise UsageError(
+                f"serve_workers_max is 0, or no less than serve_workers ({self.serve_workers}); not {self.serve_workers_max}."
+            )
+        for name in ("serve_wait_s", "serve_drain_s", "serve_idle_s", "serve_rate_per_s", "serve_daily_media_s"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}.")
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers a server has at the most."""
+        return max(self.serve_workers, self.serve_workers_max)
 
     @property
     def voices_dir(self) -> Path:

@@ -446,6 +446,13 @@ class JobTable:
             rows = connection.execute(select(_JOBS.c.state, func.count()).group_by(_JOBS.c.state)).all()
         return dict.fromkeys(State, 0) | {State(state): count for state, count in rows}
 
+    def demand(self) -> tuple[int, frozenset[str]]:
+        """How many jobs could be taken now, and the workers that have one."""
+        held = select(_JOBS.c.worker).where(_JOBS.c.state == State.RUNNING, _JOBS.c.lease_until_s >= self._clock())
+        ready = select(func.count()).select_from(_JOBS).where(self._ready())
+        with self.database.read() as connection:
+            return connection.execute(ready).scalar_one(), frozenset(connection.execute(held).scalars())
+
     def figures(self) -> Figures:
         since = _JOBS.c.ended_s > self._clock() - _DAY_S
         columns = (_JOBS.c.state, _JOBS.c.created_s, _JOBS.c.started_s, _JOBS.c.ended_s, _JOBS.c.result_s)

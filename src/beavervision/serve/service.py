@@ -161,7 +161,7 @@ class Service:
     def full(self) -> Problem:
         """That the queue is full, and when to try again."""
         mean_s = self.place.table.figures().work_mean_s
-        wait_s = _RETRY_UNKNOWN_S if mean_s is None else round(mean_s / self.settings.serve_workers)
+        wait_s = _RETRY_UNKNOWN_S if mean_s is None else round(mean_s / self.settings.most_workers)
         wait_s = min(max(wait_s, _RETRY_S[0]), _RETRY_S[1])
         detail = f"The queue is full: {self.settings.serve_queue} may wait. Try again in {wait_s} s."
         return Problem(503, "queue_full", detail, headers={"Retry-After": str(wait_s)})

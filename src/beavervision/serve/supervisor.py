@@ -1,4 +1,4 @@
-"""Starts the workers, starts them again when they die, and keeps the folders clean."""
+"""Starts the workers, as many as are needed, starts them again when they die, and keeps the folders clean."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from beavervision.serve import exposition
 from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import State
 from beavervision.serve.news import News
 from beavervision.serve.place import Place, Task
+from beavervision.serve.scaling import Scaler, room
 from beavervision.settings import Settings
 
 _LOOK_S = 0.1
+_SCALE_S = 1.0
 _SWEEP_S = 30.0
 _PAUSES_S = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0)  # before a worker that keeps dying is started again
 _HEALTHY_S = 60.0  # a worker that lived so long begins at the first pause again
@@ -32,11 +35,12 @@ _ORPHAN_S = 3600.0  # files without a job are removed when they are older
 _LOG = logging.getLogger("beavervision.serve")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
-    """One place for a worker; `name` is the process's that has it now."""
+    """One place for a worker; `name` is the process's that has it now. A worker that is not `wanted` ends after its job."""
 
     slot: str
+    wanted: bool
     name: str = ""
     process: subprocess.Popen[bytes] | None = None
     began_s: float = 0.0
@@ -61,9 +65,11 @@ class Supervisor:
     def __init__(self, settings: Settings, place: Place) -> None:
         self.news = News()
         self._settings, self._place = settings, place
-        self._slots = [_Slot(f"worker-{number}") for number in range(settings.serve_workers)]
+        least, most = settings.serve_workers, settings.most_workers
+        self._slots = [_Slot(f"worker-{number}", number < least) for number in range(most)]
+        self._scaler = Scaler(least, most, settings.serve_idle_s) if most > least else None
         self._lock = threading.Lock()
-        self._draining = False
+        self._draining = self._short = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -80,28 +86,25 @@ class Supervisor:
                 WorkerState(
                     s.slot,
                     None if s.process is None else s.process.pid,
-                    s.process is not None and (self._place.workers / f"{s.slot}.prom").exists(),
+                    s.wanted and s.process is not None and (self._place.workers / f"{s.slot}.prom").exists(),
                     s.restarts,
                 )
                 for s in self._slots
+                if s.wanted or s.process is not None
             ]
 
     def drain(self) -> None:
         """Let each worker finish its job and end; none is started any more."""
         with self._lock:
             self._draining = True
-            self._say(b"drain\n")
+            for slot in self._slots:
+                _say(slot, b"drain\n")
 
     def wake(self) -> None:
         """There is a job to take."""
         with self._lock:
-            self._say(b"job\n")
-
-    def _say(self, line: bytes) -> None:
-        for slot in self._slots:
-            if slot.process is not None and slot.process.stdin is not None:
-                with suppress(OSError, ValueError):  # it is dead, or was hung up on
-                    slot.process.stdin.write(line)
+            for slot in self._slots:
+                _say(slot, b"job\n")
 
     @property
     def idle(self) -> bool:
@@ -130,11 +133,17 @@ class Supervisor:
                 self._buried(slot)
 
     def _watch(self) -> None:
-        next_sweep_s = 0.0
+        next_scale_s = next_sweep_s = 0.0
         while not self._over.wait(_LOOK_S):
             with self._lock:
                 for slot in self._slots:
                     self._look(slot)
+            if self._scaler is not None and time.monotonic() >= next_scale_s:
+                try:
+                    self._scale(self._scaler)
+                except SQLAlchemyError as error:
+                    _LOG.warning("how many jobs wait cannot be told: %s", error)
+                next_scale_s = time.monotonic() + _SCALE_S
             if time.monotonic() >= next_sweep_s:
                 try:
                     self.sweep()
@@ -145,7 +154,7 @@ class Supervisor:
     def _look(self, slot: _Slot) -> None:
         now_s = time.monotonic()
         if slot.process is None:
-            if not self._draining and now_s >= slot.next_s:
+            if slot.wanted and not self._draining and now_s >= slot.next_s:
                 self._begin(slot)
             return
         code = slot.process.poll()
@@ -153,11 +162,41 @@ class Supervisor:
             return
         _hang_up(slot.process)
         self._buried(slot)
-        if not self._draining:
+        if slot.wanted and not self._draining:
             _LOG.warning("%s ended with code %d and is started again", slot.slot, code)
             slot.deaths = slot.deaths + 1 if now_s - slot.began_s < _HEALTHY_S else 1
             slot.restarts += 1
             slot.next_s = now_s + _PAUSES_S[min(slot.deaths, len(_PAUSES_S)) - 1]
+
+    def _scale(self, scaler: Scaler) -> None:
+        """Start a worker more where jobs wait for one, or let those go that are too many."""
+        waiting, names = self._place.table.demand()
+        with self._lock:
+            now_s = time.monotonic()
+            able = [s for s in self._slots if s.wanted and (s.process is not None or now_s >= s.next_s)]
+            idle = [s for s in able if s.name not in names]
+            change = scaler.wanted(len(able), len(able) - len(idle), waiting) - len(able)
+            if change > 0 and waiting:
+                self._grow()
+            extra = [s for s in reversed(self._slots[self._settings.serve_workers :]) if s in idle]
+            for slot in extra[: max(-change, 0)]:
+                _LOG.info("%s had nothing to do and ends", slot.slot)
+                slot.wanted = False
+                _say(slot, b"drain\n")
+
+    def _grow(self) -> None:
+        free = next((s for s in self._slots if not s.wanted and s.process is None), None)
+        if free is None or self._draining:
+            return
+        told = exposition.memory(self._place.workers)
+        silent = sum(s.process is not None for s in self._slots) - len({use.worker for use in told} - {"server"})
+        short = not room(told, 1 + max(silent, 0))
+        if short and not self._short:
+            _LOG.warning("jobs wait, but there is no memory for a worker more")
+        self._short = short
+        if not short:
+            _LOG.info("jobs wait: %s starts", free.slot)
+            free.wanted, free.deaths, free.next_s = True, 0, 0.0
 
     def _begin(self, slot: _Slot) -> None:
         slot.name = f"{slot.slot}-{secrets.token_hex(6)}"
@@ -223,6 +262,12 @@ class Supervisor:
                 storage.remove(f"{group}/in")
             elif job.ended:
                 storage.remove(group)
+
+
+def _say(slot: _Slot, line: bytes) -> None:
+    if slot.process is not None and slot.process.stdin is not None:
+        with suppress(OSError, ValueError):  # it is dead, or was hung up on
+            slot.process.stdin.write(line)
 
 
 def _hang_up(process: subprocess.Popen[bytes] | None) -> None:

@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, task: Task) -> None:
         self._name, self._slot = task.name, task.slot
-        threads = task.settings.threads or max(1, cores() // task.settings.serve_workers)
+        threads = task.settings.threads or max(1, cores() // task.settings.most_workers)
         self._settings = replace(task.settings, threads=threads)
         self._place = Place.open(task.settings)
         self._credentials = Credentials.of(task.settings)
