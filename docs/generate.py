@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import typer
 from beavervision.cli import app
 from beavervision.errors import BeaverVisionError
 from beavervision.models.cards import CARDS, ModelCard, data_hashes
+from beavervision.settings import Settings
 
 _MADE = "<!-- Made by docs/generate.py from the code: do not edit. -->\n"
 
@@ -34,8 +38,23 @@ def cli_page() -> str:
         "| 1 | `error` | Something that has no class below; likely a defect. |",
         *(f"| {e.exit_code} | `{e.code}` | {(e.__doc__ or '').splitlines()[0]} |" for e in _below(BeaverVisionError)),
         "",
+        "Besides, `doctor` ends with 5 where something does not work, and every command with 141 when nobody reads its output any more.\n",
+        "## Settings\n",
+        'As environment variables (`BEAVERVISION_DEVICE=cpu`) or in `~/.config/beavervision/config.toml` (`device = "cpu"`; '
+        "`BEAVERVISION_CONFIG` names another file).\nThe environment comes first, options of the command line before both. "
+        "Those of the service and of live sessions are in [service.md](service.md#settings) and [live.md](live.md#settings).\n",
+        "| setting | default | |\n|---|---|---|",
+        *(f"| `{name}` | {_default(value)} | {meaning} |" for name, value, meaning in _settings()),
+        "",
     ]
     return "\n".join(parts)
+
+
+def _settings() -> list[tuple[str, Any, str]]:
+    """Of the general settings: name, default, and the comment beside it."""
+    found = re.findall(r"^    (\w+): \w+ = .*?(?:  # (.*))?$", inspect.getsource(Settings), re.MULTILINE)
+    defaults = {f.name: f.default for f in fields(Settings)}
+    return [(name, defaults[name], said) for name, said in found if not name.startswith(("serve_", "live_"))]
 
 
 def models_page() -> str:
@@ -77,7 +96,7 @@ def _row(param: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value is False else f"`{'on' if value is True else value}`"
+    return "" if value is None or value is False or value == "" else f"`{'on' if value is True else value}`"
 
 
 def _facts(card: ModelCard) -> list[str]:

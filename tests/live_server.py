@@ -55,6 +55,7 @@ class Flashes:
     pictures: list[Picture] = field(default_factory=list)
     full: bool = False
     next: int = 0
+    face: str = ""
     listeners: list[Callable[[Event], None]] = field(default_factory=list)
 
     def on_event(self, listener: Callable[[Event], None]) -> None:
@@ -127,6 +128,8 @@ class _Engine:
         session = Flashes(rate, has_camera=isinstance(source, Camera))
         if session.has_camera:
             session.size_px = (source.width_px, source.height_px)
+        else:
+            session.face = source
         self.sessions.append(session)
         return session
 
@@ -140,7 +143,7 @@ def flash(rooms: Rooms, limit: int, patch: pytest.MonkeyPatch) -> None:
 
     async def face(engine: Any, source: Path, wanted: Any) -> str:
         assert source.stat().st_size
-        return "a face"
+        return str(wanted.face)
 
     patch.setattr(rooms, "_loaded", lambda model: _Engine(limit))
     patch.setattr(rooms, "_face", face)

@@ -51,7 +51,7 @@ def test_an_avatar_is_looked_at_once_and_used_by_jobs(server: Server, face: byte
     avatar = made.json
     assert made.headers["location"] == avatar["links"]["self"] == f"/api/v1/avatars/{avatar['id']}"
     assert (avatar["state"], avatar["name"], avatar["kind"], avatar["people"]) == ("ready", "Eileen", "still", 1)
-    assert (avatar["width_px"], avatar["height_px"]) == (256, 256)
+    assert (avatar["width_px"], avatar["height_px"], avatar["face"]) == (256, 256, "left")
     assert [a["id"] for a in server.get("/api/v1/avatars")] == [avatar["id"]]
     picture = server.call("GET", avatar["links"]["picture"])
     assert Image.open(io.BytesIO(picture.body)).size == (256, 256)

@@ -31,9 +31,11 @@ from websockets.exceptions import ConnectionClosed
 
 from beavervision.serve.access import add_key
 from beavervision.serve.app import create_app
+from beavervision.serve.jobs import new_id
 from beavervision.serve.live import room as room_module
 from beavervision.serve.problems import Problem
 from beavervision.serve.service import Service
+from beavervision.serve.who import LOCAL
 from beavervision.settings import Settings
 from tests.answers import until
 from tests.live_server import SIZE, LiveServer, Viewer, served, until_async
@@ -110,6 +112,27 @@ def test_what_cannot_be_opened_says_why(server: LiveServer) -> None:
     assert refused(server.call("POST", BASE, b"{")) == (422, "invalid")
     assert refused(server.call("POST", BASE, {"avatar": "0" * 24})) == (404, "no_avatar")
     assert server.call("GET", BASE).json["sessions"] == []
+
+
+@pytest.mark.parametrize(("chosen", "drawn"), [("left", "left"), ("0.2,0.4", "0.2,0.4"), ("speaker", "largest")])
+def test_an_avatars_face_is_the_one_chosen_with_its_upload(
+    server: LiveServer, tmp_path: Path, chosen: str, drawn: str
+) -> None:
+    avatars, avatar_id = server.service.place.avatars, new_id()
+    files = [tmp_path / name for name in ("source", "look", "picture")]
+    for file in files:
+        file.write_bytes(b"face")
+    avatars.add(avatar_id, LOCAL, "me", new_id(), files[0])
+    assert avatars.ready(avatar_id, files[1], files[2], {"face": chosen})
+    opened = server.call("POST", BASE, {"avatar": avatar_id})
+    assert opened.status == 201, opened
+    assert server.source(opened.json).face == drawn
+    assert server.source(server.open(face=b"face")).face == "largest"
+    for session in server.call("GET", BASE).json["sessions"]:
+        server.call("DELETE", f"{BASE}/{session['id']}")
+    again = server.call("POST", BASE, {"avatar": avatar_id, "face": "right"})
+    assert (again.status, again.json["code"]) == (422, "usage")
+    avatars.remove(avatar_id)
 
 
 def test_admission_answers_503_with_retry_after(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -26,7 +26,7 @@ from beavervision import metrics
 from beavervision.errors import MediaError, NoAudioError, UsageError
 from beavervision.serve import guard as guard_module
 from beavervision.serve import worker
-from beavervision.serve.access import Keys, Links, add_key, is_loopback, secret
+from beavervision.serve.access import KeyRing, Keys, Links, add_key, is_loopback, secret
 from beavervision.serve.guard import Guard, Limits
 from beavervision.serve.jobs import Job, NewJob, State, new_id
 from beavervision.serve.place import Place, Task
@@ -192,6 +192,30 @@ def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
     path.write_text("ann secret\n")
     with pytest.raises(UsageError, match="line 1"):
         Keys.load(path)
+
+
+def test_keys_of_a_running_service_follow_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    with pytest.raises(UsageError, match="cannot be read"):
+        KeyRing(path, required=True)
+    ring = KeyRing(path, required=False)
+
+    def owner(key: str) -> str | None:
+        assert ring.keys is not None
+        return ring.keys.owner(key)
+
+    assert ring.keys is None
+    ann = add_key(path, "ann")
+    assert owner(ann) == "ann"
+    bob = add_key(path, "bob")
+    assert (owner(ann), owner(bob)) == ("ann", "bob")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[1])
+    assert (owner(ann), owner(bob)) == (None, "bob")
+    path.write_text("no key\n")  # half written, say
+    assert owner(bob) == "bob"
+    path.unlink()
+    assert owner(bob) is None
 
 
 def test_the_secret_is_made_once_and_links_depend_on_it(tmp_path: Path) -> None:

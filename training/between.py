@@ -1,7 +1,7 @@
 """The network that tells a face's points between two pictures: learned from the mesh, which looked at all three.
 
     python -m training.between scan --talkers ../shared/talkers --data work/data          (8 minutes of one core)
-    python -m training.between train --data work/data --weights work/weights              (10 minutes of one core)
+    python -m training.between train --data work/data --weights work/weights              (15 minutes of one core)
     python -m training.between evaluate --data work/data --weights work/weights
 
 ``scan`` writes ``between_train.npz`` and ``between_validate.npz``: what is seen of each picture and its two neighbours, and

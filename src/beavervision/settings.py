@@ -40,14 +40,14 @@ class Settings:
     """All settings with their defaults."""
 
     data_dir: Path = Path("~/.local/share/beavervision")  # imported models
-    model: str = "beaver"
+    model: str = "beaver"  # the lip-sync model
     voice: str = ""  # empty: the default voice of the language
-    language: str = "en"
+    language: str = "en"  # of the voice where none is named
     device: str = "auto"  # auto, cpu, cuda:0, or a comma-separated list
     threads: int = 0  # CPU threads to plan with; 0: as many as this process may use
     memory_threshold: float = 0.85  # share of a device's memory that may be used
     preset: str = "veryfast"  # x264 speed preset
-    crf: int = 20
+    crf: int = 20  # x264 quality: 0 is best, 51 worst
     debug: bool = False  # show tracebacks of errors
     serve_host: str = "127.0.0.1"
     serve_port: int = 8000  # 0: any free one

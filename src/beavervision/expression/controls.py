@@ -197,7 +197,7 @@ def unknown(name: str, custom: Mapping[str, F32]) -> str:
 
 
 def parse(spec: str, custom: Mapping[str, F32] | None = None) -> Wanted:
-    """What ``happy:0.6``, ``mouthSmile:0.4,browInnerUp:0.2`` or ``auto`` ask for; a name without a number means 0.6.
+    """What ``happy:0.6``, ``mouthSmile:0.4,browInnerUp:0.2`` or ``auto`` ask for; a name without a number means 0.6, `auto` 1.
 
     Raises:
         UsageError: not of that form, an unknown name, or a number out of its range.

@@ -94,6 +94,48 @@ class Keys:
         return replace(general, **own)
 
 
+class KeyRing:
+    """The keys of a file, read again when it changes: a new one counts at once, and one whose line is gone no longer.
+
+    Where there were keys once, a request needs one for good, even if the file is gone. Safe from many threads.
+
+    Args:
+        required: there must be a file from the beginning.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, required: bool) -> None:
+        self._path = path
+        self._seen = _stamp(path)
+        self._keys = Keys.load(path) if required or self._seen is not None else None
+
+    @property
+    def keys(self) -> Keys | None:
+        """Those of now; None where there never were any. A file that cannot be read leaves those that were."""
+        seen = _stamp(self._path)
+        if seen != self._seen:
+            try:
+                if seen is not None:
+                    self._keys = Keys.load(self._path)
+                elif self._keys is not None:
+                    self._keys = Keys({})
+                _LOG.info("the keys of %s have changed", self._path)
+            except UsageError as error:
+                _LOG.error("the keys stay as they were: %s", error)
+            self._seen = seen
+        return self._keys
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+
 def _limits(words: list[str], where: str) -> dict[str, float]:
     kinds = {"rate_per_s": float, "burst": int, "daily_media_s": float}
     found: dict[str, float] = {}

@@ -92,13 +92,15 @@ class AvatarService:
             raise Problem(409, "avatar_not_ready", f"The avatar is {state}. Use one that is ready.")
         return row
 
-    def source(self, avatar_id: str, owner: str) -> Path:
-        """The local file of an avatar's video or picture, for reading only.
+    def source(self, avatar_id: str, owner: str) -> tuple[Path, str]:
+        """The local file of an avatar's video or picture, for reading only, and which face of it is meant.
 
         Raises:
             Problem: as :meth:`usable`.
         """
-        return self._file(self.usable(avatar_id, owner), SOURCE)
+        row = self.usable(avatar_id, owner)
+        assert row.facts is not None
+        return self._file(row, SOURCE), row.facts.get("face", "largest")
 
     def picture(self, avatar_id: str, owner: str) -> Path:
         """A small JPEG of it; raises as :meth:`usable`."""
@@ -147,6 +149,7 @@ class AvatarService:
             height_px=facts.get("height_px"),
             seconds=facts.get("seconds"),
             people=facts.get("people"),
+            face=facts.get("face"),
             error=error,
             links=links,
         )

@@ -60,7 +60,9 @@ class LipsyncSettings(VoiceSettings):
 
     model: Name | None = Field(None, description="The lip-sync model, as /api/v1/models lists them.")
     fit: Literal["loop", "freeze", "trim", "keep"] = Field(
-        "loop", description="What happens where picture and sound differ in length; see docs/service.md."
+        "loop",
+        description="Where picture and sound differ in length: loop plays a shorter picture back and forth, freeze holds its last, "
+        "trim ends with the shorter one, keep keeps the picture's length.",
     )
     face: str = Field(
         "largest",
@@ -215,6 +217,7 @@ class AvatarOut(BaseModel):
     height_px: int | None
     seconds: float | None = Field(description="The length of a video.")
     people: int | None = Field(description="How many faces were seen, the chosen one included.")
+    face: str | None = Field(description="Which of them it is, as it was asked for.")
     error: ErrorOut | None
     links: dict[str, str]
 

@@ -25,7 +25,7 @@ from beavervision.media import F32
 from beavervision.models.cards import BEAVER, CARDS, ModelCard
 from beavervision.models.store import ModelStore
 from beavervision.serve import exposition, telemetry
-from beavervision.serve.access import Keys, Links, is_loopback, key_file, secret
+from beavervision.serve.access import KeyRing, Keys, Links, is_loopback, key_file, secret
 from beavervision.serve.avatar_service import AvatarService
 from beavervision.serve.credentials import Credentials
 from beavervision.serve.guard import Guard, Limits
@@ -73,8 +73,7 @@ class Service:
     """
 
     def __init__(self, settings: Settings) -> None:
-        path = key_file(settings)
-        self.keys = Keys.load(path) if settings.serve_keys or path.exists() else None
+        self._ring = KeyRing(key_file(settings), required=bool(settings.serve_keys))
         if self.keys is None and not settings.serve_open and not is_loopback(settings.serve_host):
             raise UsageError(
                 f"On {settings.serve_host} other machines can reach the service, and it has no API keys. Make one with "
@@ -140,11 +139,17 @@ class Service:
                 503, "storage", "The service is short of disk space. Try again later.", headers={"Retry-After": "600"}
             )
 
+    @property
+    def keys(self) -> Keys | None:
+        """None where everybody may come in who can reach the service."""
+        return self._ring.keys
+
     def allowance(self, owner: str) -> Allowance:
         """How much `owner` may ask for."""
         s = self.settings
         general = Allowance(s.serve_rate_per_s, s.serve_burst, s.serve_daily_media_s)
-        return general if self.keys is None else self.keys.allowance(owner, general)
+        keys = self.keys
+        return general if keys is None else keys.allowance(owner, general)
 
     def _check_quota(self, owner: str) -> None:
         allowed_s = self.allowance(owner).daily_media_s

@@ -30,9 +30,10 @@ def owner_of(request: Request) -> str:
     """
     service: Service = request.app.state.service
     peer = request.client.host if request.client is not None else ""
-    if service.keys is not None:
+    keys = service.keys
+    if keys is not None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        owner = service.keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+        owner = keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         _slow(service, owner, peer)
         if owner is None:
             detail = "Send an API key that is known here: Authorization: Bearer KEY."

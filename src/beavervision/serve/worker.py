@@ -236,6 +236,7 @@ class Worker:
             "height_px": info.height_px,
             "seconds": None if info.kind == "still" or info.duration is None else round(float(info.duration), 3),
             "people": look.survey.faces_seen,
+            "face": job.request["face"],
         }
         lease.step("storing")
         if not avatars.ready(avatar_id, scratch / "look.npz", scratch / "picture.jpg", facts):

@@ -94,7 +94,12 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
         async with _asked_for(request, service, intake) as (wanted, upload):
             source = upload
             if upload is None and wanted.avatar is not None:
-                source = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
+                source, face = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
+                if "face" in wanted.model_fields_set:
+                    detail = "The face of an avatar was chosen when it was uploaded. Leave out face."
+                    raise Problem(422, "usage", detail)
+                # Nobody has spoken yet.
+                wanted = wanted.model_copy(update={"face": "largest" if face == "speaker" else face})
             if (source is None) != wanted.camera:
                 detail = "Say whose face: exactly one of avatar, camera or an upload in the field video."
                 raise Problem(422, "usage", detail)
