@@ -38,7 +38,8 @@ def cli_page() -> str:
         "| 1 | `error` | Something that has no class below; likely a defect. |",
         *(f"| {e.exit_code} | `{e.code}` | {(e.__doc__ or '').splitlines()[0]} |" for e in _below(BeaverVisionError)),
         "",
-        "Besides, `doctor` ends with 5 where something does not work, and every command with 141 when nobody reads its output any more.\n",
+        "Besides, `doctor` ends with 5 where something does not work, and every command with 141 when nobody reads its "
+        "output any more.\n",
         "## Settings\n",
         'As environment variables (`BEAVERVISION_DEVICE=cpu`) or in `~/.config/beavervision/config.toml` (`device = "cpu"`; '
         "`BEAVERVISION_CONFIG` names another file).\nThe environment comes first, options of the command line before both. "
