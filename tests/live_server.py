@@ -55,7 +55,7 @@ class Flashes:
     pictures: list[Picture] = field(default_factory=list)
     full: bool = False
     next: int = 0
-    face: str = ""
+    face: Any = None
     listeners: list[Callable[[Event], None]] = field(default_factory=list)
 
     def on_event(self, listener: Callable[[Event], None]) -> None:
@@ -141,9 +141,9 @@ class _Engine:
 def flash(rooms: Rooms, limit: int, patch: pytest.MonkeyPatch) -> None:
     """Let a server's sessions be flashing ones, whatever face they are given."""
 
-    async def face(engine: Any, source: Path, wanted: Any) -> str:
+    async def face(engine: Any, source: Path, wanted: Any, choice: Any) -> Any:
         assert source.stat().st_size
-        return str(wanted.face)
+        return choice or wanted.face
 
     patch.setattr(rooms, "_loaded", lambda model: _Engine(limit))
     patch.setattr(rooms, "_face", face)

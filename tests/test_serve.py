@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,7 +179,15 @@ def test_a_request_answers_with_the_address_of_the_video(server: Server, tmp_pat
     part = server.call("GET", address, range="bytes=100-199")
     assert (part.status, part.body) == (206, video.body[100:200])
     assert part.headers["content-range"] == f"bytes 100-199/{len(video.body)}"
-    assert server.call("GET", address, range=f"bytes={len(video.body)}-").status == 416
+    for beyond in (f"bytes={len(video.body)}-", "bytes=-0"):
+        refused = server.call("GET", address, range=beyond)
+        assert (refused.status, refused.json["code"]) == (416, "range")
+        assert refused.headers["content-range"] == f"bytes */{len(video.body)}"
+    for none in ("bytes=abc", "bytes=5-2", "items=0-5", "bytes="):
+        whole = server.call("GET", address, range=none)
+        assert (whole.status, whole.body) == (200, video.body), none
+    two = server.call("GET", address, range="bytes=0-1, -2")
+    assert two.status == 206 and two.headers["content-type"].startswith("multipart/byteranges")
 
     tampered = address[:-1] + ("0" if address[-1] != "0" else "1")
     later = re.sub(r"expires=\d+", lambda m: f"expires={int(m[0][8:]) + 60}", address)
@@ -373,6 +382,31 @@ def test_an_endless_upload_is_stopped_on_the_way(server: Server) -> None:
     until(lambda: server.files() == [])
 
 
+def test_a_face_that_is_none_is_told_which_there_are(server: Server, face: bytes) -> None:
+    answer = server.lipsync({"video": face, **GOOD, "settings": '{"face": "2,2"}'})
+    (error,) = answer.json["errors"]
+    assert error["field"] == "face"
+    assert error["message"].startswith("it is one of largest, speaker, left")
+
+
+def test_an_upload_that_breaks_off_is_no_defect(server: Server) -> None:
+    def count(status: int) -> int:
+        page = server.call("GET", "/metrics").body.decode()
+        line = rf'^beavervision_http_seconds_count{{method="POST",route="/api/v1/lipsync",status="{status}"}} (\d+)'
+        found = re.search(line, page, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    broken, defects = count(400), count(500)
+    host, _, port = server.address.partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /api/v1/lipsync HTTP/1.1\r\nHost: {server.address}\r\nContent-Length: 1000\r\n"
+        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n".encode())
+        until(lambda: server.files() != [])
+    until(lambda: count(400) == broken + 1)
+    assert count(500) == defects
+    until(lambda: server.files() == [])
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status", "code"),
     [
@@ -414,6 +448,9 @@ def test_speech_comes_with_the_times_of_its_phones(server: Server) -> None:
     assert phones[-1]["end_ms"] <= said.json["seconds"] * 1000
     alone = server.call("POST", "/api/v1/speech", wanted, content_type="application/json", accept="audio/wav")
     assert (alone.headers["content-type"], alone.body) == ("audio/wav", sound)
+    for body in (b'{"text": "\xff"}', b"[" * 30_000):
+        none = server.call("POST", "/api/v1/speech", body, content_type="application/json")
+        assert (none.status, none.json["code"]) == (400, "malformed")
     bad = server.call("POST", "/api/v1/speech", b'{"text": "Hi.", "colour": 1}', content_type="application/json")
     assert (bad.status, bad.json["errors"]) == (422, [{"field": "body.colour", "message": "there is no such field"}])
 
@@ -459,7 +496,9 @@ def test_status_and_metrics_are_measured(server: Server, asked: Callable[..., An
     name = 'beavervision_jobs_total{outcome="succeeded",worker="worker-0"} '
     until(lambda: name in server.call("GET", "/metrics").body.decode(), 5)
     page = server.call("GET", "/metrics").body.decode()
-    assert len(re.findall(r"^# TYPE beavervision_pictures_total ", page, re.MULTILINE)) == 1
+    kinds = re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)
+    assert "beavervision_pictures_total" in kinds
+    assert len(kinds) == len(set(kinds))
     assert 'beavervision_http_seconds_count{method="GET",route="/api/v1/jobs/{job_id}",status="200"}' in page
     events = [json.loads(line) for line in (server.folder / "audit.jsonl").read_text().splitlines()]
     mine = [event for event in events if event.get("job") == job["id"]]

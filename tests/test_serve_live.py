@@ -33,12 +33,14 @@ from beavervision.serve.access import add_key
 from beavervision.serve.app import create_app
 from beavervision.serve.jobs import new_id
 from beavervision.serve.live import room as room_module
+from beavervision.serve.looks import save_look
 from beavervision.serve.problems import Problem
 from beavervision.serve.service import Service
 from beavervision.serve.who import LOCAL
 from beavervision.settings import Settings
 from tests.answers import until
 from tests.live_server import SIZE, LiveServer, Viewer, served, until_async
+from tests.test_serve_avatars import a_look
 
 BASE = "/api/v1/sessions"
 
@@ -110,23 +112,21 @@ def test_what_cannot_be_opened_says_why(server: LiveServer) -> None:
     assert refused(server.form(b"face", fps=1000)) == (422, "invalid")
     assert refused(server.form(b"face", nonsense=1)) == (422, "invalid")
     assert refused(server.call("POST", BASE, b"{")) == (422, "invalid")
+    assert refused(server.call("POST", BASE, b" " * 70_000)) == (413, "too_large")
     assert refused(server.call("POST", BASE, {"avatar": "0" * 24})) == (404, "no_avatar")
     assert server.call("GET", BASE).json["sessions"] == []
 
 
-@pytest.mark.parametrize(("chosen", "drawn"), [("left", "left"), ("0.2,0.4", "0.2,0.4"), ("speaker", "largest")])
-def test_an_avatars_face_is_the_one_chosen_with_its_upload(
-    server: LiveServer, tmp_path: Path, chosen: str, drawn: str
-) -> None:
-    avatars, avatar_id = server.service.place.avatars, new_id()
-    files = [tmp_path / name for name in ("source", "look", "picture")]
-    for file in files:
-        file.write_bytes(b"face")
-    avatars.add(avatar_id, LOCAL, "me", new_id(), files[0])
-    assert avatars.ready(avatar_id, files[1], files[2], {"face": chosen})
+def test_an_avatars_face_is_the_one_that_was_found_with_its_upload(server: LiveServer, tmp_path: Path) -> None:
+    avatars, avatar_id, look = server.service.place.avatars, new_id(), a_look()
+    for name in ("source", "picture"):
+        (tmp_path / name).write_bytes(b"face")
+    save_look(look, tmp_path / "look.npz")
+    avatars.add(avatar_id, LOCAL, "me", new_id(), tmp_path / "source")
+    assert avatars.ready(avatar_id, tmp_path / "look.npz", tmp_path / "picture", {"face": "speaker"})
     opened = server.call("POST", BASE, {"avatar": avatar_id})
     assert opened.status == 201, opened
-    assert server.source(opened.json).face == drawn
+    assert server.source(opened.json).face == look.survey.choice
     assert server.source(server.open(face=b"face")).face == "largest"
     for session in server.call("GET", BASE).json["sessions"]:
         server.call("DELETE", f"{BASE}/{session['id']}")

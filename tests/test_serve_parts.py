@@ -30,6 +30,7 @@ from beavervision.serve.access import KeyRing, Keys, Links, add_key, is_loopback
 from beavervision.serve.guard import Guard, Limits
 from beavervision.serve.jobs import Job, NewJob, State, new_id
 from beavervision.serve.place import Place, Task
+from beavervision.serve.problems import without_folders
 from beavervision.serve.storage import LocalStorage
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
@@ -305,9 +306,15 @@ def test_a_lease_that_ends_cancels_the_work(monkeypatch: pytest.MonkeyPatch, why
     assert lease.too_long is (why == "too long")
 
 
-def test_messages_do_not_tell_this_machines_folders(tmp_path: Path) -> None:
-    message = f"{tmp_path}/files/ab/in/video: no face was found. Look at {tmp_path}/x."
-    assert worker._clean(message, tmp_path) == "The video: no face was found. Look at /x."
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("{}/files/ab/in/video: no face was found. Look at {}/x.", "The video: no face was found. Look at /x."),
+        ("{}/scratch/request-a1/speech.wav cannot be written.", "The speech cannot be written."),
+    ],
+)
+def test_messages_do_not_tell_this_machines_folders(tmp_path: Path, message: str, told: str) -> None:
+    assert without_folders(message.replace("{}", str(tmp_path)), tmp_path) == told
 
 
 def test_a_job_that_kills_its_workers_is_counted_and_leaves_nothing(

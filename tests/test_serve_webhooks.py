@@ -37,9 +37,10 @@ LOCAL = frozenset({"127.0.0.1"})
 
 @dataclass
 class Receiver:
-    """An HTTP server that remembers what it was told, and answers with `status`."""
+    """An HTTP server that remembers what it was told, and answers with `status` after `pause_s`."""
 
     status: int = 204
+    pause_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
     told: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     port: int = 0
@@ -53,6 +54,7 @@ def receiver() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             made.told.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            time.sleep(made.pause_s)
             self.send_response(made.status)
             for name, value in made.headers.items():
                 self.send_header(name, value)
@@ -147,6 +149,18 @@ def test_a_failure_is_tried_again_later_and_given_up_in_the_end(
     assert [(e["event"], e["why"]) for e in events] == [("webhook_given_up", "127.0.0.1 answered 500")]
 
 
+def test_a_receiver_may_take_its_time(
+    table: JobTable, hooks: Callable[..., Webhooks], receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_TIMEOUT_S", 0.2)
+    receiver.pause_s = 0.6
+    job = an_ended_job(table, f"http://127.0.0.1:{receiver.port}/")
+    assert hooks().deliver_one()
+    told = table.get(job.id)
+    assert told is not None
+    assert (told.hook_attempts, told.hook_next_s) == (1, None)
+
+
 def test_a_delivery_that_was_interrupted_is_due_again(
     table: JobTable, hooks: Callable[..., Webhooks], receiver: Receiver, clock: Clock
 ) -> None:
@@ -217,6 +231,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(
         "https://",
         "https://u:p@example.com/",
         "https://example.com:x/",
+        "https://example.com:0/",
         "example.com",
         "https://example.com/\r\nX: y",
         "https://exämple.com/",

@@ -143,7 +143,7 @@ class Avatar:
         size_px: int | None = 512,
         rate: Fraction | int = 25,
         max_seconds: float = MAX_SECONDS,
-        face: str = "largest",
+        face: str | FaceChoice = "largest",
         alive: bool = True,
     ) -> Avatar:
         """Look at a video or still once.
@@ -154,7 +154,7 @@ class Avatar:
             rate: of the loop.
             max_seconds: how much of a video to use.
             alive: let a still blink, breathe and sway a little while it listens and speaks.
-            face: which one, as :meth:`beavervision.stages.detect.FaceChoice.parse`.
+            face: which one, as :meth:`beavervision.stages.detect.FaceChoice.parse` reads it.
 
         Raises:
             MediaError: `source` cannot be read.
@@ -163,7 +163,7 @@ class Avatar:
         rate = Fraction(rate)
         if rate <= 0 or max_seconds <= 0 or (size_px is not None and size_px < 64):
             raise UsageError("rate and max_seconds must be positive, and size_px at least 64.")
-        choice = FaceChoice.parse(face)
+        choice = FaceChoice.parse(face) if isinstance(face, str) else face
         info = probe(source)
         still = info.kind == "still"
         decode = Decode(1, extend="none", rate=None if still else rate)

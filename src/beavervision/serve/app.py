@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from beavervision import metrics
@@ -27,6 +28,7 @@ from beavervision.serve.jobs import Job, State
 from beavervision.serve.pages import add_pages
 from beavervision.serve.preview_routes import PREVIEW, add_previews
 from beavervision.serve.problems import Problem
+from beavervision.serve.ranges import file_answer
 from beavervision.serve.schema import (
     ExpressionOut,
     Health,
@@ -298,7 +300,8 @@ def _add_jobs(app: FastAPI, service: Service, intake: Intake) -> None:
             if known is None:
                 raise Problem(410, "gone", "The job was deleted or has expired. Send it again.")
             found = known
-        return FileResponse(
+        return file_answer(
+            request,
             service.result(found),
             media_type="video/mp4",
             filename=f"{job_id}.mp4",
@@ -398,7 +401,11 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(BeaverVisionError)
     async def known(request: Request, error: BeaverVisionError) -> JSONResponse:
-        return problems.of_error(error).response()
+        return problems.of_error(error, app.state.service.settings.serve_folder).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return Problem(400, "malformed", "The request broke off. Send it again.").response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -407,6 +414,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         codes = {
+            400: ("malformed", "The body is no JSON. Send JSON in UTF-8."),
             404: ("no_page", "There is nothing at this address."),
             405: ("method", "This method is not known here."),
         }
@@ -486,9 +494,10 @@ def _method(scope: Scope) -> str:
 
 def _oversized(scope: MutableMapping[str, Any]) -> Problem | None:
     """What is wrong with the length of a body that is no upload."""
-    if scope["path"] in (_LIPSYNC, AVATARS, PREVIEW, SESSIONS):
-        return None
     headers = dict(scope["headers"])
+    form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+    if scope["path"] in (_LIPSYNC, AVATARS, PREVIEW) or (scope["path"] == SESSIONS and form):
+        return None
     if b"transfer-encoding" in headers:
         return Problem(411, "length_required", "Send this request with a Content-Length.")
     length = headers.get(b"content-length", b"0")

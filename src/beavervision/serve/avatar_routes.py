@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse
 from beavervision.serve import problems
 from beavervision.serve.jobs import State
 from beavervision.serve.problems import Problem
+from beavervision.serve.ranges import file_answer
 from beavervision.serve.schema import FACE, AvatarOut, file_field, form_body
 from beavervision.serve.service import Service
 from beavervision.serve.upload import IdempotencyKey, Intake
@@ -83,10 +84,10 @@ def add_avatars(app: FastAPI, service: Service, intake: Intake) -> None:
         return avatars.shown(avatars.get(avatar_id, who))
 
     @app.get(f"{AVATARS}/{{avatar_id}}/picture", response_class=FileResponse)
-    def avatar_picture(avatar_id: AvatarId, who: Owner) -> FileResponse:
+    def avatar_picture(avatar_id: AvatarId, request: Request, who: Owner) -> FileResponse:
         """A small picture of it (JPEG)."""
         headers = {"Cache-Control": "private, max-age=3600"}
-        return FileResponse(avatars.picture(avatar_id, who), media_type="image/jpeg", headers=headers)
+        return file_answer(request, avatars.picture(avatar_id, who), media_type="image/jpeg", headers=headers)
 
     @app.delete(f"{AVATARS}/{{avatar_id}}", status_code=204)
     def delete_avatar(avatar_id: AvatarId, who: Owner) -> None:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from beavervision import metrics
-from beavervision.serve.avatars import PICTURE, SOURCE, AvatarRow
+from beavervision.serve.avatars import LOOK, PICTURE, SOURCE, AvatarRow
 from beavervision.serve.jobs import Job, NewJob, State, new_id
+from beavervision.serve.looks import load_look
 from beavervision.serve.problems import Problem, of_validation
 from beavervision.serve.schema import AvatarOut, AvatarSettings, ErrorOut, time_of
 from beavervision.serve.telemetry import current
 from beavervision.serve.upload import Upload
+from beavervision.stages.detect import FaceChoice
 
 if TYPE_CHECKING:
     from beavervision.serve.service import Service
@@ -92,15 +94,14 @@ class AvatarService:
             raise Problem(409, "avatar_not_ready", f"The avatar is {state}. Use one that is ready.")
         return row
 
-    def source(self, avatar_id: str, owner: str) -> tuple[Path, str]:
-        """The local file of an avatar's video or picture, for reading only, and which face of it is meant.
+    def source(self, avatar_id: str, owner: str) -> tuple[Path, FaceChoice]:
+        """The local file of an avatar's video or picture, for reading only, and which face of it was found.
 
         Raises:
             Problem: as :meth:`usable`.
         """
         row = self.usable(avatar_id, owner)
-        assert row.facts is not None
-        return self._file(row, SOURCE), row.facts.get("face", "largest")
+        return self._file(row, SOURCE), load_look(self._file(row, LOOK)).survey.choice
 
     def picture(self, avatar_id: str, owner: str) -> Path:
         """A small JPEG of it; raises as :meth:`usable`."""

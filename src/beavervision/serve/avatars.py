@@ -61,12 +61,16 @@ class Avatars:
         """
         self._storage.put(upload, self.key(avatar_id, SOURCE))
         row = AvatarRow(avatar_id, owner, name, job_id, time.time(), None)
-        with self._database.write() as connection:
-            connection.execute(
-                insert(_AVATARS).values(
-                    id=row.id, owner=row.owner, name=row.name, job_id=row.job_id, created_s=row.created_s
+        try:
+            with self._database.write() as connection:
+                connection.execute(
+                    insert(_AVATARS).values(
+                        id=row.id, owner=row.owner, name=row.name, job_id=row.job_id, created_s=row.created_s
+                    )
                 )
-            )
+        except BaseException:
+            self._storage.remove(_PREFIX + avatar_id)
+            raise
         return row
 
     def get(self, avatar_id: str) -> AvatarRow | None:

@@ -22,12 +22,17 @@ class _Joined(Collector):
 
     def collect(self) -> Iterable[Metric]:
         families = {family.name: family for family in metrics.REGISTRY.collect()}
+        for family in families.values():
+            # The text format has no place for when a series began: it would be a family of its own, in each process.
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
         for path in sorted(self._folder.glob("*.prom")):
             try:
                 text = path.read_text(encoding="utf-8")
             except FileNotFoundError:  # the worker ended this moment
                 continue
             for family in text_string_to_metric_families(text):
+                if family.name.endswith("_created"):
+                    continue
                 joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
                     joined.samples.append(sample._replace(labels={**sample.labels, "worker": path.stem}))

@@ -341,10 +341,19 @@ class JobTable:
             stage=stage,
         )
 
-    def succeed(self, job: Job, report: dict[str, Any], result_key: str | None, result_s: float, pictures: int) -> bool:
+    def succeed(
+        self,
+        job: Job,
+        report: dict[str, Any],
+        result_key: str | None,
+        result_s: float,
+        pictures: int,
+        per_s: float = 0.0,
+    ) -> bool:
         """The job is done; False if it was no longer this worker's."""
         done = {"report": report, "result_key": result_key, "result_s": result_s}
         values = {**self._end(State.SUCCEEDED), **done, "pictures": pictures, "pictures_expected": pictures}
+        values["pictures_per_s"] = per_s
         used = {"owner": job.owner, "ended_s": values["ended_s"], "seconds": result_s}
         with self.database.write() as connection:
             mine = connection.execute(update(_JOBS).where(_fence(job)).values(values)).rowcount == 1

@@ -182,7 +182,8 @@ class _Artist:
             seen = survey([picture], self._nets, FaceChoice.parse(task["face"]))
             if not seen.references:
                 raise NoFaceError(
-                    "No face was found. Use a picture that shows a face from the front, at least 30 pixels wide."
+                    "No face was found. Use a picture that shows a face from the front, at least 30 pixels wide"
+                    + (", or another face." if seen.faces_seen else ".")
                 )
             self._known, self._seen = key, (picture, seen.references[0].face)
         return self._seen

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -61,8 +63,15 @@ def of_code(code: str, message: str, **more: Any) -> Problem:
     return Problem(_STATUS.get(code, 500), code, message, **more)
 
 
-def of_error(error: BeaverVisionError) -> Problem:
-    return of_code(error.code, str(error))
+def of_error(error: BeaverVisionError, folder: Path) -> Problem:
+    return of_code(error.code, without_folders(str(error), folder))
+
+
+def without_folders(message: str, folder: Path) -> str:
+    """A message that does not tell where a service has its `folder`."""
+    told = re.sub(rf"{re.escape(str(folder))}\S*?/(video|audio|result|source|speech)(\.\w+)?", r"the \1", message)
+    told = told.replace(str(folder), "")
+    return told[:1].upper() + told[1:]
 
 
 def of_fields(errors: list[Any], what: str) -> Problem:

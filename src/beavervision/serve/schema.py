@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from beavervision.serve.jobs import Job, State
 
@@ -13,6 +15,20 @@ Factor = Annotated[float, Field(ge=0.5, le=2, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 _SHARE = r"(0(\.\d{1,9})?|1(\.0{1,9})?)"
 FACE = rf"^(largest|speaker|left|right|center|\d{{1,3}}|{_SHARE},{_SHARE})$"
+_FACES = "largest, speaker, left, right, center, a number from 0 (left), or x,y in 0..1"
+
+
+def _face_name(text: str) -> str:
+    if re.search(FACE, text) is None:
+        raise PydanticCustomError("face", f"it is one of {_FACES}")
+    return text
+
+
+FaceName = Annotated[
+    str,
+    AfterValidator(_face_name),
+    Field(description=f"Which face: {_FACES}.", json_schema_extra={"pattern": FACE}),
+]
 
 
 class Strict(BaseModel):
@@ -64,11 +80,7 @@ class LipsyncSettings(VoiceSettings):
         description="Where picture and sound differ in length: loop plays a shorter picture back and forth, freeze holds its last, "
         "trim ends with the shorter one, keep keeps the picture's length.",
     )
-    face: str = Field(
-        "largest",
-        pattern=FACE,
-        description="Which face: largest, speaker, left, right, center, a number from 0 (left), or x,y in 0..1.",
-    )
+    face: FaceName = "largest"
     mark: bool = Field(False, description="Say in a corner of the pictures that they are synthetic.")
     keep_audio: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="The level of the source's own sound.")
     phones: list[PhoneIn] | None = Field(
@@ -109,14 +121,14 @@ class AvatarSettings(Strict):
     """The fields of an avatar."""
 
     name: str = Field("", max_length=100)
-    face: str = Field("largest", pattern=FACE)
+    face: FaceName = "largest"
 
 
 class PreviewSettings(Strict):
     """The fields of a preview."""
 
     expression: str = Field(max_length=1000)
-    face: str = Field("largest", pattern=FACE)
+    face: FaceName = "largest"
     view: Literal["picture", "face"] = "picture"
     side_px: int = Field(720, ge=64, le=1280)
 

@@ -33,7 +33,7 @@ from beavervision.serve.jobs import Job, JobTable
 from beavervision.serve.problems import Problem
 
 _PAUSES_S = (5.0, 30.0, 300.0, 1800.0, 7200.0)  # after the first, second, ... attempt that failed
-_TIMEOUT_S = 10.0  # of one step,
+_TIMEOUT_S = 10.0  # until there is a connection,
 _WHOLE_S = 30.0  # and of all
 _THREADS = 4  # so that a slow receiver does not hold up the others
 _AGAIN_S = 120.0  # a server that died while it told is thought dead after so long
@@ -71,7 +71,7 @@ class Target:
             parts, host, port = urlsplit(""), "", None
         secure = parts.scheme == "https"
         plain = url.isascii() and url.isprintable() and " " not in url and len(url) <= _URL_CHARS
-        if not plain or parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
+        if not plain or parts.scheme not in ("http", "https") or not host or port == 0 or "@" in parts.netloc:
             raise Problem(422, "webhook", "The webhook is no https address. Send one like https://example.com/hook.")
         if not secure and host not in allowed_hosts:
             raise Problem(422, "webhook", "A webhook must be https. Or let the service's operator allow the host.")
@@ -230,11 +230,10 @@ class _Pinned(http.client.HTTPConnection):
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self._target.port), _TIMEOUT_S)
-        if not self._target.secure:
-            self.sock = plain
-            return
         try:
-            self.sock = self._tls.wrap_socket(plain, server_hostname=self._target.host)
+            secure = self._target.secure
+            self.sock = self._tls.wrap_socket(plain, server_hostname=self._target.host) if secure else plain
         except BaseException:
             plain.close()
             raise
+        self.sock.settimeout(_WHOLE_S)

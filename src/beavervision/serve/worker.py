@@ -13,7 +13,6 @@ import ctypes
 import logging
 import os
 import pickle
-import re
 import secrets
 import shutil
 import signal
@@ -40,6 +39,7 @@ from beavervision.serve.credentials import Credentials
 from beavervision.serve.jobs import Job, State
 from beavervision.serve.looks import load_look, save_look, write_picture
 from beavervision.serve.place import Place, Task
+from beavervision.serve.problems import without_folders
 from beavervision.serve.telemetry import Span, Traces, set_up_logs
 from beavervision.serve.version import program_version
 from beavervision.settings import Settings
@@ -125,7 +125,7 @@ class Worker:
             with lease.kept():
                 scratch.mkdir(parents=True, exist_ok=True)
                 done = (self._look if job.request.get("kind") == "avatar" else self._draw)(job, scratch, lease)
-            if table.succeed(job, done.report, done.key, done.seconds, done.pictures):
+            if table.succeed(job, done.report, done.key, done.seconds, done.pictures, lease.per_s):
                 state = State.SUCCEEDED
                 metrics.JOB_SECONDS.observe(time.time() - job.created_s)
             elif done.key is not None:
@@ -139,13 +139,18 @@ class Worker:
         except SQLAlchemyError:
             raise  # nothing can be told: the lease will pass, and the job will be taken again
         except FileNotFoundError:
-            state = table.fail(job, "input", "What was uploaded for the job is gone. Send it again.")
+            message = "What was uploaded for the job is gone. Send it again."
+            if job.request.get("avatar") and job.request.get("kind") != "avatar":
+                message = "The avatar of the job was deleted. Use another, or upload the face again."
+            state = table.fail(job, "input", message)
         except OSError as error:
             message = f"The disk of the service fails: {error.strerror}. Send it again when that is mended."
             state = table.fail(job, "output", message, passing=True)
         except BeaverVisionError as error:
             passing = isinstance(error, (DeviceError, OutputError))
-            state = table.fail(job, error.code, _clean(str(error), self._settings.serve_folder), passing=passing)
+            state = table.fail(
+                job, error.code, without_folders(str(error), self._settings.serve_folder), passing=passing
+            )
         except MemoryError:
             state = table.fail(job, "device", "The memory is used up. Use a smaller video.", passing=True)
         except Exception:
@@ -212,7 +217,7 @@ class Worker:
             self._credentials.sign(out, signed, program_version(), report["model"]["name"])
             out = signed
         report["content_credentials"] = self._credentials is not None
-        report["notes"] = [_clean(note, self._settings.serve_folder) for note in report["notes"]]
+        report["notes"] = [without_folders(note, self._settings.serve_folder) for note in report["notes"]]
         lease.step("storing")
         key = f"{job.id}/out/{secrets.token_hex(8)}.mp4"
         storage.put(out, key)  # the scratch is on the storage's file system: where that is local, this is a rename
@@ -298,7 +303,7 @@ class _Lease:
         self._lease_s, self._limit_s = settings.serve_lease_s, settings.serve_job_limit_s
         self._progress: tuple[int, int | None] = (0, None)
         self._first: tuple[float, int] | None = None
-        self._per_s = 0.0
+        self.per_s = 0.0
         self.steps: list[tuple[str, float]] = []  # what was begun when (seconds since the epoch)
         self._over = threading.Event()
 
@@ -317,7 +322,7 @@ class _Lease:
         if self._first is None:
             self._first = now_s, pictures
         elif now_s > self._first[0]:
-            self._per_s = (pictures - self._first[1]) / (now_s - self._first[0])
+            self.per_s = (pictures - self._first[1]) / (now_s - self._first[0])
         self._progress = pictures, expected
 
     @contextmanager
@@ -339,7 +344,7 @@ class _Lease:
                 break
             try:
                 if not self._place.table.beat(
-                    self._job, *self._progress, self._per_s, self.steps[-1][0] if self.steps else None
+                    self._job, *self._progress, self.per_s, self.steps[-1][0] if self.steps else None
                 ):
                     break
                 renewed_s = now_s
@@ -358,13 +363,6 @@ def _say(job: Job) -> None:
     """Tell the server that the job changed."""
     with suppress(OSError):  # it has no time, or is gone
         os.write(1, f"{job.id}\n".encode())
-
-
-def _clean(message: str, root: Path) -> str:
-    """A message without this machine's folders."""
-    told = re.sub(rf"{re.escape(str(root))}\S*?/(video|audio|result|source)(\.mp4)?", r"the \1", message)
-    told = told.replace(str(root), "")
-    return told[:1].upper() + told[1:]
 
 
 def _few_arenas() -> None:

@@ -19,6 +19,7 @@ from beavervision.serve.live.schema import SessionSettings
 from beavervision.serve.live.webrtc import Network
 from beavervision.serve.problems import Problem
 from beavervision.settings import Settings
+from beavervision.stages.detect import FaceChoice
 
 _REAP_S = 1.0
 _FACES = 3  # prepared avatars that are kept
@@ -43,8 +44,10 @@ class Rooms:
         """How many sessions there are. From any thread."""
         return len(self._rooms)
 
-    async def open(self, owner: str, wanted: SessionSettings, source: Path | None) -> Room:
-        """A session with the face of `source`, or of a camera if there is none.
+    async def open(
+        self, owner: str, wanted: SessionSettings, source: Path | None, choice: FaceChoice | None = None
+    ) -> Room:
+        """A session with the face of `source`, that of `choice` if there is one, or of a camera if there is no source.
 
         Raises:
             Problem: no more sessions can be carried.
@@ -56,7 +59,7 @@ class Rooms:
                 raise Problem(503, "draining", detail, headers={"Retry-After": _RETRY_S})
             model = wanted.model or self._settings.model
             engine = await self._engine(model)
-            face = None if source is None else await self._face(engine, source, wanted)
+            face = None if source is None else await self._face(engine, source, wanted, choice)
             try:
                 session = await run_in_threadpool(self._session, engine, face, wanted)
             except BusyError as error:
@@ -105,12 +108,14 @@ class Rooms:
         engine.warm()
         return engine
 
-    async def _face(self, engine: LiveEngine, source: Path, wanted: SessionSettings) -> Avatar:
+    async def _face(
+        self, engine: LiveEngine, source: Path, wanted: SessionSettings, choice: FaceChoice | None
+    ) -> Avatar:
         key = (wanted.avatar or "", engine.pipeline.card.name, wanted.size_px, wanted.fps)
         if wanted.avatar is not None and key in self._faces:
             self._faces.move_to_end(key)
             return self._faces[key]
-        prepare = partial(Avatar.prepare, size_px=wanted.size_px, rate=wanted.fps, face=wanted.face)
+        prepare = partial(Avatar.prepare, size_px=wanted.size_px, rate=wanted.fps, face=choice or wanted.face)
         face = await run_in_threadpool(prepare, source, engine.pipeline)
         if wanted.avatar is not None:
             self._faces[key] = face

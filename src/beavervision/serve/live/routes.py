@@ -92,14 +92,12 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
                 503, "draining", "The service is being stopped. Try again in a moment.", headers={"Retry-After": "10"}
             )
         async with _asked_for(request, service, intake) as (wanted, upload):
-            source = upload
+            source, choice = upload, None
             if upload is None and wanted.avatar is not None:
-                source, face = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
+                source, choice = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
                 if "face" in wanted.model_fields_set:
                     detail = "The face of an avatar was chosen when it was uploaded. Leave out face."
                     raise Problem(422, "usage", detail)
-                # Nobody has spoken yet.
-                wanted = wanted.model_copy(update={"face": "largest" if face == "speaker" else face})
             if (source is None) != wanted.camera:
                 detail = "Say whose face: exactly one of avatar, camera or an upload in the field video."
                 raise Problem(422, "usage", detail)
@@ -108,7 +106,7 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
                 detail = "Confirm that you have the right to use this face and voice: set consent to true."
                 raise Problem(422, "consent", detail)
             await run_in_threadpool(service.examine, upload, None)
-            room = await rooms.open(who, wanted, source)
+            room = await rooms.open(who, wanted, source, choice)
         service.place.audit.write("session", session=room.id, owner=who, avatar=wanted.avatar, consent=consent)
         response.headers["Location"] = f"{SESSIONS}/{room.id}"
         return _shown(room, request, service)
