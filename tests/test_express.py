@@ -185,6 +185,19 @@ def test_wide_eyes_bare_the_white_and_leave_the_iris_round() -> None:
         assert difference.mean() < 8, "what was seen of the eyeball stays where it is"
 
 
+@pytest.mark.parametrize(("control", "most"), [("eyeWide", 8), ("eyeBlink", 4)])
+def test_no_edge_is_drawn_above_a_lid_that_moves_under_a_raised_brow(control: str, most: float) -> None:
+    picture, points = enlarged(portrait(), 2), face().points_px * 2
+    left, right = int(points[33, 0]), int(points[133, 0])
+    height, width = picture.y.shape
+    ramp = np.clip((np.arange(height) - points[33, 1]) * 2 + 128, 0, 255).astype(np.uint8)
+    slope = Picture(np.repeat(ramp[:, None], width, axis=1), picture.u, picture.v, picture.color)
+    raised = look(browInnerUp=1.0, browOuterUp=1.0, **{control: 1.0})
+    drawn = expressed(slope, points, raised, STILL, load_basis()).y.astype(int)
+    above = slice(int(points[52, 1] - 0.35 * (right - left)), int(points[159, 1] - 0.1 * (right - left)))
+    assert np.abs(np.diff(drawn[above, left:right], 2, axis=0)).max() < most
+
+
 def test_a_smile_widens_and_a_frown_lowers_the_mouth() -> None:
     rest = seen(portrait()).points_px[mesh.OUTER_CORNERS]
     smile = seen(made(look(mouthSmile=0.6))).points_px[mesh.OUTER_CORNERS]

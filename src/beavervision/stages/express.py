@@ -439,11 +439,14 @@ class _Eyes:
         acts = (np.abs(closing) >= _LEAST) | (np.abs(gaze) >= _LEAST_GAZE_PX)
         used = acts.any(axis=1) & (span >= _LEAST_FACE_PX)
         outward = _OUTWARD
+        # How far the brow is drawn further from the eye than it is.
+        moves = skin[_EYES]
+        draws = moves[:, _BROW] - (moves[:, :1] + moves[:, _LID - 1 : _LID]) / 2
         if not used.all():
             if not used.any():
                 return None
-            rings, corner, gaze, across, span, closing, outward = (
-                of_each[used] for of_each in (rings, corner, gaze, across, span, closing, outward)
+            rings, corner, gaze, across, span, closing, outward, draws = (
+                of_each[used] for of_each in (rings, corner, gaze, across, span, closing, outward, draws)
             )
         frame = np.empty((len(span), 2, 2), np.float32)
         frame[:, 0] = frame[:, 1, ::-1] = across / span[:, None]
@@ -452,6 +455,7 @@ class _Eyes:
         local[..., 0] /= span[:, None]
         lids = local[:, : 2 * _LID].reshape(-1, 2, _LID, 2).transpose(0, 1, 3, 2).copy()
         np.maximum.accumulate(np.minimum(lids[:, :, 0], 1), axis=2, out=lids[:, :, 0])
+        rises = -(draws @ frame[:, 1, :, None])[..., 0]
         # The skin moves up to so far above the lid as it will be.
         upper, lower = lids[:, 0, 1], lids[:, 1, 1]
         fall = np.maximum(lower - upper, 0) * closing[:, :1]
@@ -459,6 +463,7 @@ class _Eyes:
         above = np.maximum(above, np.float32(0.12 * pose.scale_px))
         highest = (upper + fall).min(axis=1)
         up = above + np.maximum(np.float32(0.26) * span, np.maximum(fall.max(axis=1), 0) - highest + 2)
+        up += rises.max(axis=1).clip(0)
         side = np.float32(0.53) * span + 2
         low = np.float32(_BELOW * pose.scale_px) + np.float32(0.2) * span
         iris = rings[:, _IRIS]
