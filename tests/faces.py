@@ -63,3 +63,15 @@ def make_video(path: Path, pictures: Sequence[Picture], rate: Fraction, sound: A
     for _ in Encode("ultrafast", crf=10).to(path)(clips()):
         pass
     return path
+
+
+@cache
+def other_rgb() -> U8:
+    """Somebody else in the place of the sample portrait: the same picture with a longer face and redder skin, (512, 512, 3)."""
+    matrix = np.array([[1, 0, 0], [0, 1.18, -24]], np.float32)
+    longer = cv2.warpAffine(portrait_rgb(), matrix, (512, 512), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(np.clip(longer * np.array([1.0, 0.78, 0.72]), 0, 255), np.uint8)
+
+
+def somebody_else() -> Picture:
+    return from_rgb(other_rgb())

@@ -31,7 +31,7 @@ from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
 from beavervision.stages.hear import LOG_MEL_DENSE, Resampler
 from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _Ear, _topology, profile_of
-from tests.faces import portrait
+from tests.faces import portrait, somebody_else
 
 RATE = Fraction(25)
 SILENCE = np.log(1e-5)
@@ -386,3 +386,44 @@ def test_pixels_find_their_places_between_cells() -> None:
     places = interpolated(places_of_cells(middles * np.float32(0.25), 6), 6)
     inside = np.s_[:, 3:-3, 3:-3]
     assert np.abs(places - np.stack([x, y]) * 1.25)[inside].max() < 1e-4
+
+
+# --- people whom cuts bring -------------------------------------------------------------------------------------------
+
+
+@cache
+def other_face() -> Face:
+    return survey([somebody_else()], FaceNets(), FaceChoice()).references[0].face
+
+
+def shots(people: str, rows: np.ndarray, block: int = 8) -> Iterator[Clip]:
+    """Clips in which each letter is a shot of eight pictures, of the sample portrait (a) or of the other face (b)."""
+    known = {"a": (seen()[0], seen()[1]), "b": (somebody_else(), other_face())}
+    all_pictures = [(*known[who], shot) for shot, who in enumerate(people) for _ in range(8)]
+    pad = np.full((400, rows.shape[1]), SILENCE, np.float32)
+    around = np.concatenate([pad, rows, pad]).astype(np.float32)
+    for start in range(0, len(all_pictures), block):
+        pictures, faces, numbers = zip(*all_pictures[start : start + block], strict=True)
+        n = len(pictures)
+        track = FaceTrack(faces, (FaceState.OK,) * n, np.ones(n, np.float32), numbers)
+        heard = Heard(around, -400, Fraction(1, 200), *[np.ones(n, np.float32)] * 2)
+        yield Clip(Frames(pictures, start, RATE), track, None, heard)
+
+
+def drawn_planes(out: list[Clip]) -> list[tuple[np.ndarray, ...]]:
+    pairs = [pair for clip in out for pair in zip(clip.frames.pictures, clip.patches or (), strict=True)]
+    return [(made.y, made.u, made.v) for made in (picture.painted(patches) for picture, patches in pairs)]
+
+
+@pytest.mark.parametrize("block", [8, 5])
+def test_a_person_whom_a_cut_brings_has_a_mouth_of_their_own(block: int) -> None:
+    rows = speech_rows()
+    both = drawn_planes(draw(shots("abab", rows, block))[0])
+    mine, theirs = seen()[2], profile_of(survey([somebody_else()], FaceNets(), FaceChoice()).references, files().basis)
+    alone = drawn_planes(draw(shots("aaaa", rows), mine)[0]), drawn_planes(draw(shots("bbbb", rows), theirs)[0])
+    strangers = drawn_planes(draw(shots("bbbb", rows), replace(mine, looks=None))[0])
+    for i in range(32):
+        who = i // 8 % 2
+        for plane, right in zip(both[i], alone[who][i], strict=True):
+            np.testing.assert_array_equal(plane, right)
+    assert any((a[0] != b[0]).any() for a, b in zip(alone[1], strangers, strict=True))

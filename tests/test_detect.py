@@ -17,7 +17,7 @@ from beavervision.models.mesh import INNER_LIP, OUTER_CORNERS, canonical, fit_po
 from beavervision.stages import detect
 from beavervision.stages.decode import from_rgb
 from beavervision.stages.detect import Detect, FaceChoice, survey
-from tests.faces import empty, moved, portrait, portrait_rgb
+from tests.faces import empty, moved, portrait, portrait_rgb, somebody_else
 
 
 @cache
@@ -417,6 +417,21 @@ def test_the_speaker_is_the_one_whose_mouth_moves() -> None:
     assert seen.choice.place is not None
     assert seen.choice.place[0] > 0.5
     assert all(r.face.points_px[:, 0].mean() > 512 for r in seen.references)
+
+
+def test_a_cut_to_somebody_else_in_the_same_place_brings_a_second_person() -> None:
+    mine, theirs = [portrait()] * 2, [somebody_else()] * 2
+    seen = survey([*mine, *theirs, *mine], nets(), FaceChoice())
+    assert seen.faces_seen == 2
+    chosen = [tuple(reference.rgb[::9, ::9].ravel()) for reference in seen.references]
+    assert len(set(chosen)) == 1, "all of one person"
+    assert len(chosen) in (2, 4)
+    assert survey([portrait(), moved(150, 80), portrait()], nets(), FaceChoice()).faces_seen == 1
+
+
+def test_of_many_pictures_only_some_are_looked_at_but_all_for_cuts() -> None:
+    seen = survey([portrait(), *[somebody_else()] * 3], nets(), FaceChoice(), every=2)
+    assert (seen.faces_seen, len(seen.references)) == (2, 1)
 
 
 def test_no_face_is_no_error() -> None:

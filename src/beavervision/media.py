@@ -454,12 +454,14 @@ class Profile:
 
     rest (478, 3) is the face with a closed, resting mouth in the pose-free frame of
     :mod:`beavervision.models.mesh`; amplitude scales mouth motion to the person's own (1 is average);
-    references are the person's mouths, from closed to open.
+    references are the person's mouths, from closed to open; looks (n, d) are what the face is known by, as
+    :mod:`beavervision.models.likeness` tells it, None where everybody is taken for this person.
     """
 
     rest: F32
     amplitude: float
     references: tuple[Reference, ...] = field(default=())
+    looks: F32 | None = None
 
 
 class Stage(Protocol):

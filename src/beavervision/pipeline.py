@@ -284,7 +284,7 @@ class Pipeline:
         flow = flow.then(detect).then(_Named("hear", hear))
         if expresses:
             flow = flow.then(self._direct(script, alive, seed, manner))
-        asked = _Asked(None if manner is None else manner.amplitude, detector, whole_box)
+        asked = _Asked(None if manner is None else manner.amplitude, boxes=detector, whole_box=whole_box)
         flow = flow.then(self._models.stage(seen, asked))
         flow = flow.then(Render(match=self._model.seams and not whole_box))
         if expresses:
@@ -413,7 +413,7 @@ class Pipeline:
             _Named("hear", lambda clips: hear(clips, audio)),
             *([self._direct(script, False, seed, None)] if script is not None else []),
             *between,
-            self._models.stage(seen),
+            self._models.stage(seen, _Asked(alone=True)),
             Render(match=self._model.seams),
             *([Express(load_basis())] if script is not None else []),
         )
@@ -485,7 +485,7 @@ class Pipeline:
             fast = max(1, round(info.rate / _SURVEY_HZ))
             count = int(_SURVEY_S * info.rate)
             with closing(_pictures(info)) as all_pictures:
-                seen = survey(itertools.islice(all_pictures, 0, count, fast), nets, choice)
+                seen = survey(itertools.islice(all_pictures, count), nets, choice, every=fast)
                 slow = max(1, round(info.rate / _SEARCH_HZ))
                 while not seen.references:
                     picture = next(itertools.islice(all_pictures, slow - 1, None), None)
@@ -622,10 +622,12 @@ def _unmarked(cues: Sequence[Cue], script: Script, note: Callable[[str], None]) 
 class _Asked:
     """What a run asks of the drawing, where the model knows of such a thing.
 
-    `amplitude`, that of another speaker, replaces the person's own. `boxes` and `whole_box` are as for :class:`Wav2LipSync`.
+    `amplitude`, that of another speaker, replaces the person's own. `alone` says that nobody but the chosen one will be seen.
+    `boxes` and `whole_box` are as for :class:`Wav2LipSync`.
     """
 
     amplitude: float | None = None
+    alone: bool = False
     boxes: FaceBoxes | None = None
     whole_box: bool = False
 
@@ -672,7 +674,9 @@ class _Beaver(_Model):
     def stage(self, seen: Survey, asked: _Asked = _AS_USUAL) -> Stage:
         files = self._files
         profile = profile_of(seen.references, files.basis, asked.amplitude)
-        return BeaverSync(files.motion, self.net, files.basis, profile)
+        if asked.alone:
+            profile = replace(profile, looks=None)
+        return BeaverSync(files.motion, self.net, files.basis, profile, asked.amplitude)
 
 
 class _Imported(_Model):

@@ -171,7 +171,7 @@ class Avatar:
         with closing(_pictures(decode(info))) as decoded:
             pictures = tuple(_scaled(p, size_px) for p in itertools.islice(decoded, count))
         nets = FaceNets()
-        seen = survey(pictures[:: max(1, round(rate / _SURVEY_HZ))], nets, choice)
+        seen = survey(pictures, nets, choice, every=max(1, round(rate / _SURVEY_HZ)))
         if not seen.references:
             raise NoFaceError(
                 f"{info.path}: no face was found in its first {max_seconds:g} s. "

@@ -24,6 +24,7 @@ from beavervision.media import F32, Clip, Face, FaceState, FaceTrack, Picture, R
 from beavervision.models.between import Between
 from beavervision.models.cover import Appearance, colours
 from beavervision.models.face import Crop, FaceNets
+from beavervision.models.likeness import likeness, unlike
 from beavervision.models.mesh import INNER_LIP, OUTER_LIP, fit_pose, opening
 
 LOOK_AHEAD = 4  # pictures seen before one is let go
@@ -110,19 +111,29 @@ class Survey:
     faces_seen: int  # people, the chosen one included
 
 
-def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice) -> Survey:
-    """Look at some pictures of a source (a few a second) and tell who the chosen one is.
+def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice, every: int = 1) -> Survey:
+    """Look at some pictures of a source, `every` so many (a few a second), and tell who the chosen one is.
 
-    The speaker is the one whose mouth opening varies most. With no face in any of `pictures` the survey has no references.
+    The speaker is the one whose mouth opening varies most. After a cut people are known by their looks, else by where they were.
+    With no face in any of `pictures` the survey has no references.
     """
     people: list[list[Reference]] = []
-    last: list[Crop] = []
+    looks: list[list[F32]] = []
+    last: list[Crop | None] = []
     size = (1, 1)
-    for picture in pictures:
+    cuts = _Cuts()
+    for number, picture in enumerate(pictures):
+        if cuts(picture):
+            last = [None] * len(last)
+        if number % every:
+            continue
         size = (picture.width_px, picture.height_px)
         known = [
-            face for crop in last if (face := nets.face(picture, crop, settle=1)) is not None and _near(face, crop)
+            face
+            for crop in last
+            if crop is not None and (face := nets.face(picture, crop, settle=1)) is not None and _near(face, crop)
         ]
+        away = [who for who, crop in enumerate(last) if crop is None]
         # Tiles find small faces, at twenty times the cost: only while there is nobody.
         for face in faces_in(picture, nets, known, tiles=not known):
             crop = Crop.of_points(face.points_px)
@@ -130,14 +141,21 @@ def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice) -> S
             if region is None:
                 continue
             seen = Reference(region, picture.rgb(region), face)
-            overlaps = [crop.overlap(other) for other in last]
-            if overlaps and max(overlaps) > 0.2:
-                who = int(np.argmax(overlaps))
-                people[who].append(seen)
-                last[who] = crop
-            else:
-                people.append([seen])
-                last.append(crop)
+            look = likeness(seen.rgb, region, face.points_px, fit_pose(face.points_px))
+            overlaps = [0.0 if other is None else crop.overlap(other) for other in last]
+            who = int(np.argmax(overlaps)) if overlaps and max(overlaps) > 0.2 else len(people)
+            if who == len(people) and away:
+                nearest = min(away, key=lambda i: unlike(look, np.stack(looks[i])))
+                if unlike(look, np.stack(looks[nearest])) < 1:
+                    who = nearest
+                    away.remove(who)
+            if who == len(people):
+                people.append([])
+                looks.append([])
+                last.append(None)
+            people[who].append(seen)
+            looks[who].append(look)
+            last[who] = crop
     if not people:
         return Survey(choice, (), 0)
     if choice.speaker:
@@ -194,6 +212,25 @@ class Retrace:
         last = len(self._track.faces) - 1
         for clip in clips:
             yield replace(clip, track=self._track.at([min(number, last) for number in clip.frames.shown]))
+
+
+class _Cuts:
+    """Finds cuts: called with each picture of a stream, whether it differs from the last far more than those before did."""
+
+    def __init__(self) -> None:
+        self._thumbnail: F32 | None = None
+        self._change = 1.0  # running mean of the thumbnails' difference
+
+    def __call__(self, picture: Picture) -> bool:
+        rows = picture.y[:: max(1, picture.height_px // 144)]  # reading all of them is what would cost most
+        small = cv2.resize(rows, (64, 36), interpolation=cv2.INTER_AREA).astype(np.float32)
+        before, self._thumbnail = self._thumbnail, small
+        if before is None:
+            return False
+        change = float(np.abs(small - before).mean())
+        cut = change > _CUT_LEVEL and change > _CUT_RATIO * self._change
+        self._change += 0.2 * (min(change, _CUT_LEVEL) - self._change)
+        return cut
 
 
 @dataclass(slots=True)
@@ -352,8 +389,7 @@ class _Tracker:
         self._crop: Crop | None = None
         self._lost: Crop | None = None  # where the face was before it was lost
         self._last: tuple[Picture, _Seen] | None = None
-        self._thumbnail: F32 | None = None
-        self._change = 1.0  # running mean of the thumbnails' difference
+        self._is_cut = _Cuts()
         self._shot = 0
         self._missed = 0
         self._look = Appearance()
@@ -497,17 +533,6 @@ class _Tracker:
         if face is not None:
             self._crop, self._missed = Crop.of_points(face.points_px), 0
         return face
-
-    def _is_cut(self, picture: Picture) -> bool:
-        rows = picture.y[:: max(1, picture.height_px // 144)]  # reading all of them is what would cost most
-        small = cv2.resize(rows, (64, 36), interpolation=cv2.INTER_AREA).astype(np.float32)
-        before, self._thumbnail = self._thumbnail, small
-        if before is None:
-            return False
-        change = float(np.abs(small - before).mean())
-        cut = change > _CUT_LEVEL and change > _CUT_RATIO * self._change
-        self._change += 0.2 * (min(change, _CUT_LEVEL) - self._change)
-        return cut
 
     def _judge(self, picture: Picture, face: Face) -> FaceState:
         pose = fit_pose(face.points_px)

@@ -22,6 +22,7 @@ from beavervision.media import (
     U8,
     Clip,
     Color,
+    Face,
     Heard,
     Net,
     Patch,
@@ -44,6 +45,7 @@ from beavervision.models.beaver import (
     painted_rows,
 )
 from beavervision.models.inside import inside
+from beavervision.models.likeness import likeness, unlike
 from beavervision.models.mesh import Pose, fit_pose
 from beavervision.models.visemes import Lead, speaking
 from beavervision.models.warp import Opening, triangle_flows, warped
@@ -58,6 +60,7 @@ _AMPLITUDES = (0.75, 1.35)
 _GRAINS = np.float32(1024)  # to a coefficient of 1
 _UNMET_GAIN = 1.15  # motion heard from strangers comes out that much too small (85 % of the truth's spread on them)
 _FRONTAL_DEG = 35.0
+_MOST_OTHERS = 8  # people beside the profile's that are remembered
 _LEAST_SHOWN = 0.08  # gap of the most open mouth, in eye distances, from which it serves as reference
 _IMAGINED_GAP = 0.16  # of one that stands in for it
 _GATE_OPEN_S, _GATE_CLOSE_S = 0.06, 0.16  # how fast the mouth may come alive and settle
@@ -131,16 +134,19 @@ class BeaverSync:
 
     name = "lipsync"
 
-    def __init__(self, motion: Net, painter: Net, basis: MotionBasis, profile: Profile) -> None:
+    def __init__(
+        self, motion: Net, painter: Net, basis: MotionBasis, profile: Profile, amplitude: float | None = None
+    ) -> None:
+        """`amplitude` is that of :func:`profile_of` for other people whom cuts bring."""
         self._motion = motion
         self._painter = painter
         self._basis = basis
         self._lead = Lead(basis)
-        self._profile = profile
-        self._reference = _ReferenceMouth.of(profile.references)
+        self._amplitude = amplitude
+        self._person = _Person.of(profile)
 
     def __call__(self, clips: Iterator[Clip]) -> Iterator[Clip]:
-        gate, ear = 0.0, None
+        gate, ear, cast = 0.0, None, _Cast(self._person, self._basis, self._amplitude)
         for clip in clips:
             if clip.heard is None or clip.track is None:
                 raise ValueError("lip sync needs clips that were heard and tracked")
@@ -152,11 +158,17 @@ class BeaverSync:
                 gates[i] = gate
             ear = ear or _Ear(self._motion, rate)
             told = np.round(ear(clip.heard, start, len(clip)) * _GRAINS) / _GRAINS
-            motion = np.asarray(told * (self._profile.amplitude * gates[:, None]), np.float32)
-            yield self.draw(clip, self._lead(motion, start, rate, phones))
+            people = cast(clip)
+            gates *= [person.profile.amplitude for person in people]
+            motion = np.asarray(told * gates[:, None], np.float32)
+            yield self._draw(clip, self._lead(motion, start, rate, phones), people)
 
     def draw(self, clip: Clip, motion: F32) -> Clip:
-        """The tracked clip with patches that give its faces the mouth of `motion` (n, k), coefficients of the basis."""
+        """The tracked clip with patches that give its faces, all of the profile's person, the mouth of `motion` (n, k),
+        coefficients of the basis."""
+        return self._draw(clip, motion, [self._person] * len(clip))
+
+    def _draw(self, clip: Clip, motion: F32, people: Sequence[_Person]) -> Clip:
         assert clip.track is not None
         track = clip.track
         drawings: list[_Drawing | None] = [None] * len(clip)
@@ -165,13 +177,14 @@ class BeaverSync:
         if faces:
             at, points = [i for i, _ in faces], np.stack([face.points_px for _, face in faces])
             poses = [fit_pose(face_px) for face_px in points]
-            targets = self._targets(points, poses, motion[at], track.strength[at])
+            rests = [people[i].profile.rest for i in at]
+            targets = self._targets(points, poses, rests, motion[at], track.strength[at])
             pictures = [clip.frames.pictures[i] for i in at]
             drawn = _drawn(pictures, points, targets, poses, track.strength[at])
             for i, drawing, opens in zip(at, drawn, mesh.openings(targets), strict=True):
                 if drawing is not None:
                     drawings[i], opening[i] = drawing, opens
-        self._paint([d for d in drawings if d is not None])
+        self._paint([(d, person.reference) for d, person in zip(drawings, people, strict=True) if d is not None])
         return replace(
             clip,
             patches=tuple((d.patch(),) if d is not None else () for d in drawings),
@@ -184,30 +197,81 @@ class BeaverSync:
         assert clip.track is not None
         nothing = np.zeros(len(self._basis.shapes), np.float32)
         points = [None if face is None else face.points_px for face in clip.track.faces]
-        return np.stack([nothing if p is None else self._has(p, fit_pose(p)) for p in points])
+        rest = self._person.profile.rest
+        return np.stack([nothing if p is None else self._has(p, fit_pose(p), rest) for p in points])
 
-    def _has(self, points_px: F32, pose: Pose) -> F32:
-        """The motion (k,) that the mouth of a face (478, 3) shows."""
+    def _has(self, points_px: F32, pose: Pose, rest: F32) -> F32:
+        """The motion (k,) that the mouth of a face (478, 3) shows against its `rest`."""
         points = self._basis.points
-        return self._basis.coefficients(pose.to_face(points_px[points]) - self._profile.rest[points])
+        return self._basis.coefficients(pose.to_face(points_px[points]) - rest[points])
 
-    def _targets(self, points_px: F32, poses: Sequence[Pose], wanted: F32, strength: F32) -> F32:
+    def _targets(self, points_px: F32, poses: Sequence[Pose], rests: Sequence[F32], wanted: F32, strength: F32) -> F32:
         """Where the points (n, 478, 3) shall come to lie, for the motion `wanted` (n, k) at a `strength` (n,)."""
         targets = points_px.copy()
         # Face by face: a product of matrices rounds differently for other numbers of them.
-        for target, pose, motion, share in zip(targets, poses, wanted, strength, strict=True):
-            move = self._basis.displacement((motion - self._has(target, pose)) * share)
+        for target, pose, rest, motion, share in zip(targets, poses, rests, wanted, strength, strict=True):
+            move = self._basis.displacement((motion - self._has(target, pose, rest)) * share)
             target[self._basis.points] += pose.vector_to_picture(move)
         _part_lips(targets)
         return targets
 
-    def _paint(self, drawings: Sequence[_Drawing]) -> None:
-        shown = [(d, *d.shown(self._reference)) for d in drawings if d.hole_area() > _MIN_HOLE_PX]
+    def _paint(self, drawings: Sequence[tuple[_Drawing, _ReferenceMouth]]) -> None:
+        shown = [(d, *d.shown(reference)) for d, reference in drawings if d.hole_area() > _MIN_HOLE_PX]
         for height in {layers.shape[1] for _, layers, _ in shown}:
             alike = [s for s in shown if s[1].shape[1] == height]
             (painted,) = self._painter(np.stack([layers for _, layers, _ in alike]))
             for (drawing, _, top), rgb in zip(alike, painted, strict=True):
                 drawing.fill(np.asarray(rgb, np.float32), top)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Person:
+    profile: Profile
+    reference: _ReferenceMouth
+
+    @classmethod
+    def of(cls, profile: Profile) -> _Person:
+        return cls(profile, _ReferenceMouth.of(profile.references))
+
+
+class _Cast:
+    """Who is seen in a stream, shot by shot. A face like none that was seen before has no mouth but its own: it gets a profile
+    of the first picture of its shot that shows it from the front."""
+
+    def __init__(self, person: _Person, basis: MotionBasis, amplitude: float | None) -> None:
+        self._basis, self._amplitude = basis, amplitude
+        self._known = [person]
+        self._now = person
+        self._shot: int | None = None
+
+    def __call__(self, clip: Clip) -> list[_Person]:
+        """Of each picture of a tracked clip."""
+        assert clip.track is not None
+        people: list[_Person] = []
+        for picture, face, shot in zip(clip.frames.pictures, clip.track.faces, clip.track.shot, strict=True):
+            if face is not None and shot != self._shot and abs(fit_pose(face.points_px).yaw_deg) < _FRONTAL_DEG:
+                self._shot = shot
+                self._now = self._who(picture, face)
+            people.append(self._now)
+        return people
+
+    def _who(self, picture: Picture, face: Face) -> _Person:
+        region = Region.around(face.points_px, 0.0, picture.width_px, picture.height_px)
+        if region is None or self._known[0].profile.looks is None:
+            return self._known[0]
+        seen = Reference(region, picture.rgb(region), face)
+        look = _look(seen)
+        apart = [np.inf if (looks := one.profile.looks) is None else unlike(look, looks) for one in self._known]
+        if min(apart) < 1:
+            return self._known[int(np.argmin(apart))]
+        new = _Person.of(profile_of([seen], self._basis, self._amplitude))
+        self._known = [self._known[0], *self._known[1:][-_MOST_OTHERS + 1 :], new]
+        return new
+
+
+def _look(seen: Reference) -> F32:
+    points = seen.face.points_px
+    return likeness(seen.rgb, seen.region, points, fit_pose(points))
 
 
 def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: float | None = None) -> Profile:
@@ -230,7 +294,8 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
         amplitude = float(np.clip(gaps.std() / GAP_STD, *_AMPLITUDES)) if moves else 1.0
     most_open = references[frontal[int(np.argmax(gaps))]]
     shown = most_open if gaps.max() > _LEAST_SHOWN else _imagined(most_open, basis)
-    return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, () if shown is None else (shown,))
+    looks = np.stack([_look(reference) for reference in references])
+    return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, () if shown is None else (shown,), looks)
 
 
 def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
