@@ -185,6 +185,60 @@ def test_streamed_sound_may_be_cut_anywhere(engine: LiveEngine) -> None:
     assert all(differs(x.picture, y.picture) == 0 for x, y in zip(a, b, strict=True))
 
 
+def test_streams_of_several_callers_are_theirs_alone(engine: LiveEngine) -> None:
+    events: list[tuple[str, int]] = []
+    session = engine.open(still())
+    session.on_event(lambda e: events.append((e.kind, e.utterance)))
+    one, other, silent = session.stream(RATE_HZ), session.stream(16_000), session.stream(8_000)
+    data = pcm16(speech()[:RATE_HZ])
+    half = len(data) // 2 + 1  # amid a sample
+    numbers = [one.push(data[:half]), other.push(bytes(16_001)), one.push(data[half:])]
+    assert numbers == [1, 2, 1]
+    silent.end()
+    other.end()
+    other.end()
+    assert other.push(bytes(3200)) == 3, "half a sample of the utterance before is not in it"
+    for stream in (one, other):
+        stream.end()
+    moments = watch(session, 70)
+    assert events == [("started", 1), ("started", 2), ("finished", 1), ("finished", 2), ("started", 3), ("finished", 3)]
+    heard = sound(moments)
+    begin = int(np.flatnonzero(heard)[0] - np.flatnonzero(speech())[0])
+    first, middle = half // 2, RATE_HZ // 2
+    assert np.array_equal(heard[begin : begin + first], speech()[:first])
+    assert not heard[begin + first : begin + first + middle - 200].any(), "what came between is heard there"
+    rest = speech()[first:RATE_HZ]
+    at = begin + first + int(np.flatnonzero(heard[begin + first :])[0] - np.flatnonzero(rest)[0])
+    assert np.array_equal(heard[at : at + len(rest)], rest)
+    with pytest.raises(UsageError, match="192000"):
+        session.stream(3)
+
+
+def test_a_stream_keeps_to_its_samples_when_others_interrupt(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    stream = session.stream(RATE_HZ)
+    data = pcm16(speech()[:RATE_HZ])
+    assert stream.push(data[:1001]) == 1
+    session.interrupt()
+    assert stream.push(data[1001:]) == 2
+    stream.end()
+    heard = sound(watch(session, 40))
+    rest = speech()[500:RATE_HZ]
+    at = int(np.flatnonzero(heard)[0] - np.flatnonzero(rest)[0])
+    assert np.array_equal(heard[at : at + len(rest)], rest)
+
+
+def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    number = session.push_audio(bytes(320), 16_000)
+    session.end_audio(number + 1)
+    assert session.push_audio(bytes(320), 16_000) == number
+    session.end_audio(number)
+    assert session.push_audio(bytes(320), 8_000) == number + 1
+    session.end_audio()
+    assert session.push_audio(bytes(320), 16_000) == number + 2
+
+
 @pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100])
 def test_sound_of_any_rate_is_converted_alike_in_pieces_and_at_once(rate_hz: int) -> None:
     pcm = np.sin(np.arange(rate_hz) * 440 * 2 * np.pi / rate_hz).astype(np.float32)

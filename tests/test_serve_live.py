@@ -437,6 +437,30 @@ def test_audio_in_any_chunks_arrives_whole_and_events_come_back(server: LiveServ
     asyncio.run(scene())
 
 
+def test_sound_sockets_have_streams_of_their_own(server: LiveServer, session: dict[str, Any]) -> None:
+    source, url = server.source(session), session["media"]["audio"]
+
+    async def scene() -> None:
+        async with connect(url + "&rate=24000") as speaking:
+            await speaking.send(bytes(333))
+            async with connect(url + "&rate=8000") as passing:
+                await until_async(lambda: len(source.streams) == 2)
+                await passing.send('{"type": "end"}')
+            await until_async(lambda: server.rooms.get(session["id"], None).sockets == 1)
+            assert source.ends == 0, "whoever says nothing ends nothing"
+            async with connect(url + "&rate=8000") as other:
+                await other.send(b"other")
+                await until_async(lambda: len(source.streams) == 3 and source.streams[2].heard == b"other")
+            await until_async(lambda: source.ends == 1)
+            assert [stream.open for stream in source.streams] == [True, False, False]
+            await speaking.send(bytes(333))
+            await speaking.send('{"type": "end"}')
+            await until_async(lambda: source.ends == 2)
+            assert len(source.streams[0].heard) == 666
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize(
     ("query", "message", "code"),
     [

@@ -178,6 +178,34 @@ class _Counts:
     skew_s: float = 0.0
 
 
+class SoundStream:
+    """The sound of one caller, as it comes; made by :meth:`LiveSession.stream`.
+
+    What is pushed until :meth:`end` is one utterance, and after an interruption another one. Other callers' streams are theirs
+    alone. Callable from any thread.
+    """
+
+    def __init__(self, session: LiveSession, rate_hz: int) -> None:
+        self.rate_hz = Converter(rate_hz).rate_hz  # which refuses what is out of range
+        self._session = session
+        # The session's to read and write:
+        self.parser = Pcm16()
+        self.utterance: _Utterance | None = None
+
+    def push(self, pcm16: bytes) -> int:
+        """Speak sound: little-endian 16-bit mono, in pieces of any length. Returns the utterance's number.
+
+        Raises:
+            UsageError: the session is closed.
+            BusyError: more than a minute of sound waits.
+        """
+        return self._session._push(self, pcm16)
+
+    def end(self) -> None:
+        """What was pushed is complete; half a sample at its end is left out."""
+        self._session._end(self)
+
+
 class LiveSession:
     """Made by :meth:`~beavervision.live.engine.LiveEngine.open`. All methods may be called from any thread."""
 
@@ -222,7 +250,7 @@ class LiveSession:
         self._failed: BaseException | None = None
         self._numbers = itertools.count(1)
         self._utterances: deque[_Utterance] = deque()  # those that were not heard to their end
-        self._stream: tuple[_Utterance, Pcm16] | None = None
+        self._stream: SoundStream | None = None  # of push_audio
         self._broken = False  # whether the line ran dry before the stream went on
         self._speaking: Future[None] | None = None
         self._run: _Run | None = None
@@ -307,32 +335,29 @@ class LiveSession:
             BusyError: more than a minute of sound waits.
         """
         with self._changed:
-            self._touch()
-            if self._stream is None:
-                utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(rate_hz))
-                self._utterances.append(utterance)
-                self._stream = (utterance, Pcm16())
-            utterance, parser = self._stream
-            converter = utterance.converter
-            assert converter is not None
-            if rate_hz != converter.rate_hz:
+            self._stream = self._stream or self.stream(rate_hz)
+            if rate_hz != self._stream.rate_hz:
                 raise UsageError(
-                    f"The sound began at {converter.rate_hz} Hz, not {rate_hz}. End it before another begins."
+                    f"The sound began at {self._stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
                 )
-            self._write(utterance, converter.push(parser.push(pcm16)), self.delay_s)
-            self._changed.notify_all()
-            return utterance.number
+            return self._stream.push(pcm16)
 
-    def end_audio(self) -> None:
-        """What :meth:`push_audio` brought is complete."""
+    def end_audio(self, utterance: int | None = None) -> None:
+        """What :meth:`push_audio` brought is complete; nothing is done if that is not `utterance`, where one is given."""
         with self._changed:
-            if self._stream is not None:
-                utterance, _ = self._stream
-                assert utterance.converter is not None
-                self._write(utterance, utterance.converter.end(), self.delay_s)
-                utterance.complete = True
-                self._stream = None
-                self._changed.notify_all()
+            stream = self._stream
+            if stream is None or stream.utterance is None or utterance not in (None, stream.utterance.number):
+                return
+            self._stream = None
+            stream.end()
+
+    def stream(self, rate_hz: int) -> SoundStream:
+        """A stream of sound of the caller's own, beside those of others and :meth:`push_audio`'s.
+
+        Raises:
+            UsageError: the rate is out of range.
+        """
+        return SoundStream(self, rate_hz)
 
     def interrupt(self) -> float:
         """Fall silent and forget all that waits to be said. Returns how many seconds of sound were cut.
@@ -475,6 +500,35 @@ class LiveSession:
     def _now_s(self) -> float:
         """Where the session's time stands; before the beginning and in a pause, at the next moment."""
         return float(self._next / self.rate) if self._origin_s is None else self.clock.now() - self._origin_s
+
+    def _push(self, stream: SoundStream, pcm16: bytes) -> int:
+        with self._changed:
+            self._touch()
+            utterance = self._open(stream)
+            if utterance is None:
+                utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(stream.rate_hz))
+                self._utterances.append(utterance)
+                stream.utterance = utterance
+            assert utterance.converter is not None
+            self._write(utterance, utterance.converter.push(stream.parser.push(pcm16)), self.delay_s)
+            self._changed.notify_all()
+            return utterance.number
+
+    def _end(self, stream: SoundStream) -> None:
+        with self._changed:
+            utterance = self._open(stream)
+            stream.utterance, stream.parser = None, Pcm16()
+            if utterance is None:
+                return
+            assert utterance.converter is not None
+            utterance.complete = True
+            self._changed.notify_all()
+            with suppress(BusyError):  # the very last samples, after some that were refused
+                self._write(utterance, utterance.converter.end(), self.delay_s)
+
+    def _open(self, stream: SoundStream) -> _Utterance | None:
+        """What a stream speaks; None before its first sound, and after an interruption."""
+        return stream.utterance if stream.utterance in self._utterances else None
 
     def _write(self, utterance: _Utterance, pcm: F32, lead_s: float, phones: Sequence[Phone] = ()) -> None:
         """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then.
