@@ -374,9 +374,31 @@ def test_whip_brings_a_camera_and_a_microphone(server: LiveServer) -> None:
         spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
         assert np.argmax(spectrum) * 48_000 / len(sound) == pytest.approx(500, abs=10)
         await until_async(lambda: server.rooms.get(session["id"], None).peers == {})
+        assert source.ends == 1 and not source.streams[0].open, "with the connection its utterance ends"
 
     asyncio.run(scene())
     server.call("DELETE", f"{BASE}/{session['id']}")
+
+
+def test_a_microphone_is_heard_beside_sound_of_another_rate(server: LiveServer, session: dict[str, Any]) -> None:
+    async def scene() -> None:
+        source = server.source(session)
+        async with connect(session["media"]["audio"] + "&rate=16000") as speaking:
+            await speaking.send(bytes(640))
+            pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+            pc.addTransceiver(_Microphone(), "sendonly")
+            await pc.setLocalDescription(await pc.createOffer())
+            offer = pc.localDescription.sdp.encode()
+            answer = await asyncio.to_thread(server.call, "POST", session["media"]["whip"], offer, "application/sdp")
+            await pc.setRemoteDescription(RTCSessionDescription(answer.body.decode(), "answer"))
+            await until_async(lambda: len(source.streams) == 2 and len(source.streams[1].heard) > 48_000)
+            assert [stream.rate_hz for stream in source.streams] == [16_000, 48_000]
+            await asyncio.to_thread(server.call, "DELETE", answer.headers["location"])
+            await until_async(lambda: source.ends == 1)
+            assert [stream.open for stream in source.streams] == [True, False]
+            await pc.close()
+
+    asyncio.run(scene())
 
 
 # WebSockets -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from beavervision import metrics
-from beavervision.errors import BeaverVisionError, BusyError, UsageError
+from beavervision.errors import BeaverVisionError, UsageError
 from beavervision.live import Event, LiveSession, Moment
 from beavervision.media import Color, Matrix, Picture
 from beavervision.serve.live.encoder import Coded, Encoder, Kind, recolored
@@ -176,7 +176,7 @@ class Room:
 
     async def bring(self, offer: str, *, loopback: bool) -> tuple[str, str]:
         """A WHIP source of camera, microphone or both: the peer's name and the answer. Raises Problem."""
-        return await self._join(offer, lambda peer: take(peer, self._camera, self._microphone), loopback)
+        return await self._join(offer, lambda peer: take(peer, self._camera, self.session.stream), loopback)
 
     async def _join(self, offer: str, prepare: Callable[[Peer], None], loopback: bool) -> tuple[str, str]:
         if len(self.peers) >= _PEERS:
@@ -209,10 +209,6 @@ class Room:
         picture = await self._loop.run_in_executor(None, as_picture, frame, self.session.size_px)
         with suppress(UsageError):  # the session was closed meanwhile
             self.session.push_picture(picture)
-
-    def _microphone(self, pcm16: bytes) -> None:
-        with suppress(BusyError, UsageError):  # more waits than is held, or the session was closed meanwhile
-            self.session.push_audio(pcm16, 48_000)
 
     async def hls(self, name: str, query: str) -> tuple[bytes, str]:
         """A file of the HLS delivery, which begins with the first that is asked for. Raises Problem."""
