@@ -568,6 +568,31 @@ def test_a_push_needs_an_allowed_host_and_hides_its_key(server: LiveServer, sess
     assert server.call("GET", f"{BASE}/{session['id']}").json["pushes"] == []
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rtmp://[::1/a",
+        "rtmp://[host]/a/b",
+        "rtmp://127.0.0.1:port/a/b",
+        "rtmp://127.0.0.1:70000/a/b",
+        "rtmp://127.0.0.1:0/a/b",
+        "rtmp://:1935/a/b",
+        "rtmp://127.0.0.1",
+        "http://127.0.0.1/a/b",
+        "rtmp://127.0.0.1/a b",
+        "rtmp://127.0.0.1/a\n",
+        "",
+    ],
+)
+def test_what_is_no_address_to_push_to_is_refused_and_says_what_is(
+    server: LiveServer, session: dict[str, Any], url: str
+) -> None:
+    refused = server.call("POST", f"{BASE}/{session['id']}/pushes", {"url": url})
+    assert (refused.status, refused.json["code"]) == (422, "invalid")
+    assert "rtmp://HOST/APP/KEY" in refused.json["detail"]
+    assert server.call("GET", BASE).json["sessions"][0]["pushes"] == []
+
+
 # Faults -----------------------------------------------------------------------------------------
 
 
