@@ -82,9 +82,10 @@ class Flashes:
     def on_event(self, listener: Callable[[Event], None]) -> None:
         self.listeners.append(listener)
 
-    def say(self, text: str) -> int:
+    def say(self, text: str, *, interrupt: bool = False) -> int:
         if self.full:
             raise BusyError("Enough waits. Wait for some.")
+        self.interrupts += interrupt
         self.said.append(text)
         for listener in self.listeners:
             listener(Event("started", len(self.said)))

@@ -485,6 +485,35 @@ def test_what_cannot_be_said_is_refused_at_once(engine: LiveEngine) -> None:
     session.close()
 
 
+def test_a_text_takes_the_place_of_what_is_said_unless_it_is_refused(engine: LiveEngine) -> None:
+    events: list[tuple[str, int]] = []
+    session = engine.open(still())
+    session.on_event(lambda e: events.append((e.kind, e.utterance)))
+    first = session.say("One two three four five six seven.")
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 20:
+            for refused in ("  ", "[no-such-mark] Hello.", "[happy]"):
+                with pytest.raises(TextError):
+                    s.say(refused, interrupt=True)
+        if index == 25:
+            assert events == [("started", first)] and s.facts()["interrupts"] == 0
+            second = s.say("[happy] Hello.", interrupt=True)
+            assert events[1:] == [("interrupted", first)] and second == first + 1
+
+    moments = watch(session, 60, step)
+    assert events[2:] == [("started", first + 1), ("finished", first + 1)]
+    assert not moments[26].audio.pcm.any() and np.abs(sound(moments[27:])).max() > 0.05
+    many = [session.say("Well.") for _ in range(session_module._WAITING)]
+    with pytest.raises(BusyError):
+        session.say("More.")
+    assert session.say("Instead.", interrupt=True) == many[-1] + 1
+    session.close()
+    with pytest.raises(UsageError):
+        session.say("Hello.", interrupt=True)
+    assert session.facts()["interrupts"] == 2
+
+
 def test_the_machine_takes_no_more_sessions_than_it_can_carry(engine: LiveEngine) -> None:
     capacity = engine.capacity()
     with pytest.raises(BusyError, match="limit"):

@@ -141,8 +141,9 @@ def test_admission_answers_503_with_retry_after(tmp_path_factory: pytest.TempPat
         full = server.form(b"face")
         assert (full.status, full.json["code"]) == (503, "busy") and int(full.headers["retry-after"]) > 0
         server.source(opened).full = True
-        full = server.call("POST", f"{BASE}/{opened['id']}/say", {"text": "x"})
+        full = server.call("POST", f"{BASE}/{opened['id']}/say", {"text": "x", "interrupt": True})
         assert (full.status, full.json["code"]) == (503, "busy") and int(full.headers["retry-after"]) > 0
+        assert server.source(opened).interrupts == 0, "what is refused interrupts nothing"
         server.call("DELETE", f"{BASE}/{opened['id']}")
         server.open()
 

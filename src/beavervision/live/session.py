@@ -299,10 +299,13 @@ class LiveSession:
         """Call `listener` when utterances begin and end, from the thread that takes the moments, or that interrupts."""
         self._listeners.append(listener)
 
-    def say(self, text: str) -> int:
-        """Speak `text` after what is being said; returns the utterance's number at once.
+    def say(self, text: str, *, interrupt: bool = False) -> int:
+        """Speak `text` after what is being said, or in its place; returns the utterance's number at once.
 
         The first sentence is heard while the others are synthesised.
+
+        Args:
+            interrupt: fall silent first, as :meth:`interrupt`, but not for a text that is refused.
 
         Raises:
             TextError: it is empty, or the voice cannot say it.
@@ -317,6 +320,7 @@ class LiveSession:
         chunks = marked.follow(spoken, told, language=self._language)
         with self._changed:
             self._touch()
+            cut = self._cut()[0] if interrupt else []
             if marked.marks:
                 self._script.expect()
             if len(self._utterances) >= _WAITING:
@@ -325,6 +329,7 @@ class LiveSession:
             self._utterances.append(utterance)
             self._speak_on()
             self._changed.notify_all()
+        self._tell(cut)
         return utterance.number
 
     def push_audio(self, pcm16: bytes, rate_hz: int) -> int:
@@ -365,28 +370,33 @@ class LiveSession:
         Sound and lips are at rest within 0.1 s.
         """
         with self._changed:
-            at = sample_at(self._next, self.rate, RATE_HZ)
-            events = [
-                Event("interrupted", u.number, self._heard_s(u, at), sample=at)
-                for u in self._utterances
-                if not _over(u, at)
-            ]
-            self._utterances.clear()
-            self._stream = None
-            lost = self._line.cut(at)
-            self._script.forget()
-            self._retire()
-            self._drawn.clear()
-            if self._last_drawn:
-                steps = max(int(_SILENCE_S * self.rate) - 1, 0)
-                self._ease = deque(1 - (k + 1) / (steps + 1) for k in range(steps))
-            self._last_drawn = False
-            if self._script.anything and not self._face.own_mouth:  # whatever the words had the face express passes
-                self._glide_until = self._next + ceil(_GLIDE_S * self.rate)
-            self._counts.interrupts += 1
-            self._changed.notify_all()
+            events, lost = self._cut()
         self._tell(events)
         return lost / RATE_HZ
+
+    def _cut(self) -> tuple[list[Event], int]:
+        """Interrupt; returns what is to be told of it, and how many samples were cut."""
+        at = sample_at(self._next, self.rate, RATE_HZ)
+        events = [
+            Event("interrupted", u.number, self._heard_s(u, at), sample=at)
+            for u in self._utterances
+            if not _over(u, at)
+        ]
+        self._utterances.clear()
+        self._stream = None
+        lost = self._line.cut(at)
+        self._script.forget()
+        self._retire()
+        self._drawn.clear()
+        if self._last_drawn:
+            steps = max(int(_SILENCE_S * self.rate) - 1, 0)
+            self._ease = deque(1 - (k + 1) / (steps + 1) for k in range(steps))
+        self._last_drawn = False
+        if self._script.anything and not self._face.own_mouth:  # whatever the words had the face express passes
+            self._glide_until = self._next + ceil(_GLIDE_S * self.rate)
+        self._counts.interrupts += 1
+        self._changed.notify_all()
+        return events, lost
 
     def set_expression(self, spec: str) -> None:
         """Let the face pass into an expression, as :func:`beavervision.expression.parse` reads it; at once, also amid speech.

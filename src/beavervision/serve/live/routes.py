@@ -160,9 +160,7 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
 
 
 def _say(session: LiveSession, said: SayIn) -> int:
-    if said.interrupt:
-        session.interrupt()
-    return session.say(said.text)
+    return session.say(said.text, interrupt=said.interrupt)
 
 
 def _busy_told(work: Callable[..., int], *arguments: Any) -> int:
