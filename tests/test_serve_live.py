@@ -111,6 +111,9 @@ def test_what_cannot_be_opened_says_why(server: LiveServer) -> None:
     assert refused(server.form(b"face", nonsense=1)) == (422, "invalid")
     assert refused(server.call("POST", BASE, b"{")) == (422, "invalid")
     assert refused(server.call("POST", BASE, {"avatar": "0" * 24})) == (404, "no_avatar")
+    assert refused(server.form(b"face", model="no-such")) == (422, "model")
+    forbidden = server.form(b"face", model="wav2lip")
+    assert refused(forbidden) == (403, "licence") and "Use one of: beaver." in forbidden.json["detail"]
     assert server.call("GET", BASE).json["sessions"] == []
 
 

@@ -92,6 +92,8 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
                 503, "draining", "The service is being stopped. Try again in a moment.", headers={"Retry-After": "10"}
             )
         async with _asked_for(request, service, intake) as (wanted, upload):
+            if wanted.model is not None:
+                await run_in_threadpool(service.check_model, wanted.model)
             source = upload
             if upload is None and wanted.avatar is not None:
                 source, face = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
