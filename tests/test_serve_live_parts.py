@@ -194,13 +194,62 @@ def test_hls_lists_whole_segments_that_play_and_forgets_old_ones() -> None:
         assert 'URI="sound.m3u8?a=b"' in (await file("index.m3u8")).decode()
         lines = (await file("video.m3u8")).decode().splitlines()
         names = [line.removesuffix("?a=b") for line in lines if not line.startswith("#")]
-        assert len(names) == 6 and "#EXT-X-TARGETDURATION:1" in lines
+        assert len(names) == 8 and "#EXT-X-TARGETDURATION:2" in lines
         with av.open(io.BytesIO(await file("video.mp4") + await file(names[0]))) as container:
             frames = list(container.decode(video=0))
         assert len(frames) == SECOND and frames[0].time == pytest.approx(1 + int(names[0][6:-4]), abs=0.001)
         assert await hls.file("video-0.m4s", "") is None and await hls.file("other.m3u8", "") is None
         await hls.close()
         assert len(fanout) == 0
+
+    asyncio.run(scene())
+
+
+def packet(kind: Kind, at_s: float, duration_s: float, *, keyframe: bool = False) -> Coded:
+    hz = VIDEO_HZ if kind is Kind.VIDEO else AUDIO_HZ
+    key = KEY if keyframe else b"\0\0\0\1\x41nothing"
+    return Coded(kind, key, round((1 + at_s) * hz), round(duration_s * hz), keyframe or kind is Kind.AAC, 0.0)
+
+
+KEY = of(Kind.VIDEO, coded(1))[0].data
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize(
+    "missing", [range(0), range(0, 1000, 2), range(120, 1000, 3), range(130, 220), range(100, 113)]
+)
+def test_no_segment_is_longer_than_the_playlist_says_whatever_pictures_come(missing: range, answers: bool) -> None:
+    """Some pictures are missing, and key pictures come each 25 that are there and, if `answers`, when one is asked for."""
+
+    async def scene() -> None:
+        asked: list[int] = []
+        fanout = Fanout(lambda: asked.append(1))
+        hls = Hls(fanout, (SIZE, SIZE))
+        since, targets, durations = 24, set(), {}
+        for n in range(500):
+            fanout.publish([packet(Kind.AAC, n / 25, 1 / 25)])
+            since += n not in missing
+            if (asked and answers) or (since >= 25 and n not in missing):
+                fanout.publish([packet(Kind.VIDEO, n / 25, 1 / 25, keyframe=True)])
+                since = 0
+                asked.clear()
+            elif n not in missing:
+                fanout.publish([packet(Kind.VIDEO, n / 25, 1 / 25)])
+            await asyncio.sleep(0)
+            if n % 25 == 0 and n >= 150:
+                for name in ("video", "sound"):
+                    found = await hls.file(f"{name}.m3u8", "")
+                    assert found is not None
+                    lines = found[0].decode().splitlines()
+                    targets |= {int(line.partition(":")[2]) for line in lines if "TARGETDURATION" in line}
+                    times = [float(line[8:-1]) for line in lines if line.startswith("#EXTINF")]
+                    durations |= dict(zip([line for line in lines if not line.startswith("#")], times, strict=True))
+        (target,) = targets
+        assert max(round(seconds) for seconds in durations.values()) <= target
+        if not missing:
+            assert min(durations.values()) >= 0.95
+        assert len([name for name in durations if name.startswith("video")]) >= (10 if answers else 4)
+        await hls.close()
 
     asyncio.run(scene())
 
