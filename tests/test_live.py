@@ -228,6 +228,100 @@ def test_a_stream_keeps_to_its_samples_when_others_interrupt(engine: LiveEngine)
     assert np.array_equal(heard[at : at + len(rest)], rest)
 
 
+def microphone(pcm: F32) -> Step:
+    """Push `pcm` in real time from moment 0 on, as a microphone does that stays open."""
+    return in_step(np.concatenate([pcm, np.zeros(RATE_HZ, np.float32)]), Fraction(25), at=1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+def test_a_microphone_is_back_at_the_declared_delay_once_a_text_was_said(engine: LiveEngine, noise: float) -> None:
+    session = engine.open(still())
+    first, later = 3 * RATE_HZ, 9 * RATE_HZ
+    pcm = np.random.default_rng(3).normal(0, noise, 13 * RATE_HZ).astype(np.float32) if noise else silence(13)
+    word = speech()[RATE_HZ // 4 : RATE_HZ]
+    for at in (first, later):
+        pcm[at : at + len(word)] = word
+    queued: list[float] = []
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 70:
+            s.say("This is a sentence that takes some three seconds to say.")
+        microphone(pcm)(s, index)
+        queued.append(s.facts()["queued_ms"])
+
+    heard = sound(watch(session, 325, step))
+    declared = round(session.delay_s * RATE_HZ)
+    at = found(word, heard)
+    assert at > first + declared + RATE_HZ, "it was said amid the text, and is heard after it, whole"
+    assert np.array_equal(heard[later + declared :][: len(word)], word)
+    assert max(queued) > 2000 and max(queued[-75:-25]) <= 1000 * session.delay_s + 40
+
+
+def silence(seconds: float) -> F32:
+    return np.zeros(int(seconds * RATE_HZ), np.float32)
+
+
+def found(part: F32, heard: F32) -> int:
+    """Where `part`, sample by sample, is heard first."""
+    loudest = int(np.argmax(np.abs(part)))
+    for at in np.flatnonzero(heard == part[loudest]) - loudest:
+        if at >= 0 and np.array_equal(heard[at : at + len(part)], part):
+            return int(at)
+    raise AssertionError("it is not heard whole")
+
+
+def test_pauses_amid_a_sentence_stay_where_a_text_delays_it(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    word = np.array(speech()[RATE_HZ // 4 : RATE_HZ])
+    sentence = np.concatenate([word, silence(0.4), word, silence(0.45), word])
+    pcm = np.concatenate([silence(1), sentence, silence(1), word])
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 20:
+            s.say("This is a sentence that takes some three seconds to say.")
+        microphone(pcm)(s, index)
+
+    heard = sound(watch(session, 260, step))
+    at = found(sentence, heard)
+    assert at > 2 * RATE_HZ
+    again = at + len(sentence) + found(word, heard[at + len(sentence) :])
+    assert again - at - len(sentence) == pytest.approx(RATE_HZ / 2, abs=RATE_HZ / 50), (
+        "half a second of the pause stays"
+    )
+
+
+def test_sound_that_comes_before_its_time_keeps_its_pauses_after_a_text(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    word = np.array(speech()[RATE_HZ // 4 : RATE_HZ])
+    whole = np.concatenate([word, silence(1.5), word])
+    session.say("Hello there.")
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 5:
+            s.push_audio(pcm16(whole), RATE_HZ)
+            s.end_audio()
+
+    assert found(whole, sound(watch(session, 150, step))) > RATE_HZ // 2
+
+
+def test_an_open_microphone_leaves_room_for_another_who_speaks(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    listening, speaking = session.stream(RATE_HZ), session.stream(RATE_HZ)
+    data = pcm16(speech())
+
+    def step(s: LiveSession, index: int) -> None:
+        for half in range(2):
+            listening.push(bytes(1920))
+            at = (index - 25) * 3840 + half * 1920
+            if 0 <= at < len(data):
+                speaking.push(data[at : at + 1920])
+
+    moments = watch(session, 110, step)
+    at = found(speech(), sound(moments))
+    assert at == pytest.approx((24 / 25 + session.delay_s) * RATE_HZ, abs=RATE_HZ / 20)
+    assert session.facts()["queued_ms"] <= 1000 * session.delay_s + 60
+
+
 def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
     session = engine.open(still())
     number = session.push_audio(bytes(320), 16_000)

@@ -30,7 +30,7 @@ from beavervision.expression import Marked, Script, Wanted
 from beavervision.expression.script import Asked
 from beavervision.live.avatar import Avatar
 from beavervision.live.footage import Camera, CameraFootage, Footage, Loop
-from beavervision.live.sound import HISTORY, RATE_HZ, Converter, Pcm16, SoundLine
+from beavervision.live.sound import BLOCK, HISTORY, RATE_HZ, Converter, Pauses, Pcm16, SoundLine, pieces
 from beavervision.media import BLENDSHAPES, F32, U8, Audio, Clip, Expression, Phone, Picture, sample_at
 from beavervision.models.expression import load_basis
 from beavervision.speech import SpeechChunk, Voice
@@ -59,6 +59,8 @@ _GLIDE_S = 0.8  # in which a face comes to a new expression
 _SETTLED = 2e-3  # a look that changes less from picture to picture has come to rest,
 _UNSETTLED_S = 3.0  # or after so much silence
 _SILENCE_S = 0.1  # by which sound and lips come to rest after an interruption
+_PAUSE = RATE_HZ // 2  # samples of silence after which no word goes on,
+_WAITS = RATE_HZ // 2  # and by which sound that came early is told from a microphone's
 _TICK_S = 0.005  # by which a clock without threads moves on between pieces of work
 _KEPT = 2048  # measured values
 
@@ -191,6 +193,9 @@ class SoundStream:
         # The session's to read and write:
         self.parser = Pcm16()
         self.utterance: _Utterance | None = None
+        self.due = 0  # where its next sample would be heard if nobody else said anything
+        self.pauses = Pauses()
+        self.quiet = 0  # samples since it was last loud
 
     def push(self, pcm16: bytes) -> int:
         """Speak sound: little-endian 16-bit mono, in pieces of any length. Returns the utterance's number.
@@ -251,7 +256,7 @@ class LiveSession:
         self._numbers = itertools.count(1)
         self._utterances: deque[_Utterance] = deque()  # those that were not heard to their end
         self._stream: SoundStream | None = None  # of push_audio
-        self._broken = False  # whether the line ran dry before the stream went on
+        self._broken = False  # whether the line ran dry before the text went on
         self._speaking: Future[None] | None = None
         self._run: _Run | None = None
         self._retired: list[_Run] = []  # to be closed by the worker
@@ -518,9 +523,9 @@ class LiveSession:
             if utterance is None:
                 utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(stream.rate_hz))
                 self._utterances.append(utterance)
-                stream.utterance = utterance
+                stream.utterance, stream.quiet = utterance, 0
             assert utterance.converter is not None
-            self._write(utterance, utterance.converter.push(stream.parser.push(pcm16)), self.delay_s)
+            self._take_in(stream, utterance, utterance.converter.push(stream.parser.push(pcm16)))
             self._changed.notify_all()
             return utterance.number
 
@@ -534,23 +539,47 @@ class LiveSession:
             utterance.complete = True
             self._changed.notify_all()
             with suppress(BusyError):  # the very last samples, after some that were refused
-                self._write(utterance, utterance.converter.end(), self.delay_s)
+                self._take_in(stream, utterance, utterance.converter.end())
+
+    def _take_in(self, stream: SoundStream, utterance: _Utterance, pcm: F32) -> None:
+        """Put a stream's next samples on the line, where they belong or as soon after it as there is room."""
+        if not len(pcm):
+            return
+        on_time = round((self._now_s() + self.delay_s) * RATE_HZ)
+        if utterance.start is None or stream.due < sample_at(self._next, self.rate, RATE_HZ):
+            stream.due = on_time
+        due = stream.due
+        self._write(utterance, self._caught_up(stream, pcm, on_time), due)
+
+    def _caught_up(self, stream: SoundStream, pcm: F32, on_time: int) -> F32:
+        """`pcm` without so much of its silence as others' sound delays it by.
+
+        A pause amid a sentence stays, and so does one of sound that came before its time (after `on_time`) and waits anyway.
+        """
+        behind = max(self._line.head - stream.due, 0)
+        kept: list[F32] = []
+        for block in pieces(pcm, BLOCK):
+            silent = stream.pauses.silent(block)
+            spare = silent and stream.quiet >= _PAUSE and stream.due < on_time + _WAITS
+            left_out = min(behind, len(block)) if spare else 0
+            behind -= left_out
+            kept.append(block[left_out:])
+            stream.quiet = stream.quiet + len(block) if silent else 0
+            stream.due += len(block)
+        return np.concatenate(kept)
 
     def _open(self, stream: SoundStream) -> _Utterance | None:
         """What a stream speaks; None before its first sound, and after an interruption."""
         return stream.utterance if stream.utterance in self._utterances else None
 
-    def _write(self, utterance: _Utterance, pcm: F32, lead_s: float, phones: Sequence[Phone] = ()) -> None:
-        """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then.
+    def _write(self, utterance: _Utterance, pcm: F32, due: int, phones: Sequence[Phone] = ()) -> None:
+        """Put samples on the line, at number `due` or as soon after it as there is room.
 
         `phones` are in them, on the utterance's clock.
         """
         if not len(pcm):
             return
-        anew = utterance.start is None or self._broken
-        now_s = self._now_s()
-        not_before = round((now_s + lead_s) * RATE_HZ) if anew else self._line.head
-        start = self._line.write(pcm, not_before, sample_at(self._next, self.rate, RATE_HZ) - HISTORY)
+        start = self._line.write(pcm, due, sample_at(self._next, self.rate, RATE_HZ) - HISTORY)
         self._broken = False
         self._line.tell(phones, start - utterance.written)
         utterance.written += len(pcm)
@@ -559,7 +588,7 @@ class LiveSession:
             utterance.start = start
         utterance.stop = start + len(pcm)
         if utterance.chunks is None:
-            self._arrivals.append((start, now_s))
+            self._arrivals.append((start, self._now_s()))
 
     def _draw_anew(self, start: int) -> None:
         """Forget what was drawn as if there were silence from sample `start` on."""
@@ -602,12 +631,14 @@ class LiveSession:
                 if utterance in self._utterances:  # not interrupted meanwhile
                     if chunk is None:
                         if utterance.converter is not None:
-                            self._write(utterance, utterance.converter.end(), 0.0)
+                            self._write(utterance, utterance.converter.end(), self._line.head)
                         utterance.complete = True
                     else:
                         utterance.converter = utterance.converter or Converter(chunk.audio.rate_hz)
                         lead_s = WORK_S + float(2 / self.rate)
-                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), lead_s, chunk.phones)
+                        anew = utterance.start is None or self._broken
+                        due = round((self._now_s() + lead_s) * RATE_HZ) if anew else self._line.head
+                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), due, chunk.phones)
                         if utterance.told is not None and utterance.start is not None:
                             utterance.told.pass_on(self._script, utterance.start / RATE_HZ)
             if failed is not None:
