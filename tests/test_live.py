@@ -322,6 +322,26 @@ def test_an_open_microphone_leaves_room_for_another_who_speaks(engine: LiveEngin
     assert session.facts()["queued_ms"] <= 1000 * session.delay_s + 60
 
 
+@pytest.mark.parametrize("rate_hz", [16_000, RATE_HZ])
+def test_sound_that_is_refused_leaves_no_trace_and_may_be_pushed_again(engine: LiveEngine, rate_hz: int) -> None:
+    session = engine.open(still())
+    second = pcm16(np.full(rate_hz, 0.25, np.float32))
+    for _ in range(60):
+        session.push_audio(second, rate_hz)
+    stream = session.stream(rate_hz)
+    for _ in range(20):
+        with pytest.raises(BusyError):
+            session.push_audio(second, rate_hz)
+        with pytest.raises(BusyError):
+            stream.push(second)
+    assert session.facts()["queued_ms"] == pytest.approx(60_000 + 1000 * session.delay_s, abs=50)
+    watch(session, 75)
+    session.push_audio(second, rate_hz)
+    session.end_audio()
+    assert session.facts()["queued_ms"] == pytest.approx(58_000 + 1000 * session.delay_s, abs=50)
+    assert session.stream(rate_hz).push(bytes(2)) == 2, "nothing was begun by what was refused"
+
+
 def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
     session = engine.open(still())
     number = session.push_audio(bytes(320), 16_000)

@@ -61,6 +61,7 @@ _UNSETTLED_S = 3.0  # or after so much silence
 _SILENCE_S = 0.1  # by which sound and lips come to rest after an interruption
 _PAUSE = RATE_HZ // 2  # samples of silence after which no word goes on,
 _WAITS = RATE_HZ // 2  # and by which sound that came early is told from a microphone's
+_HELD_BACK = RATE_HZ // 10  # samples that conversion to the line's rate keeps to itself, at most
 _TICK_S = 0.005  # by which a clock without threads moves on between pieces of work
 _KEPT = 2048  # measured values
 
@@ -519,6 +520,10 @@ class LiveSession:
     def _push(self, stream: SoundStream, pcm16: bytes) -> int:
         with self._changed:
             self._touch()
+            on_time = round((self._now_s() + self.delay_s) * RATE_HZ)
+            # Before anything of it is taken in: who is refused may push the same again.
+            count = len(pcm16) * RATE_HZ // (2 * stream.rate_hz) + _HELD_BACK
+            self._line.check_room(max(self._line.head, on_time) + count, self._kept_from())
             utterance = self._open(stream)
             if utterance is None:
                 utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(stream.rate_hz))
@@ -572,6 +577,10 @@ class LiveSession:
         """What a stream speaks; None before its first sound, and after an interruption."""
         return stream.utterance if stream.utterance in self._utterances else None
 
+    def _kept_from(self) -> int:
+        """The first sample that may still be needed."""
+        return sample_at(self._next, self.rate, RATE_HZ) - HISTORY
+
     def _write(self, utterance: _Utterance, pcm: F32, due: int, phones: Sequence[Phone] = ()) -> None:
         """Put samples on the line, at number `due` or as soon after it as there is room.
 
@@ -579,7 +588,7 @@ class LiveSession:
         """
         if not len(pcm):
             return
-        start = self._line.write(pcm, due, sample_at(self._next, self.rate, RATE_HZ) - HISTORY)
+        start = self._line.write(pcm, due, self._kept_from())
         self._broken = False
         self._line.tell(phones, start - utterance.written)
         utterance.written += len(pcm)

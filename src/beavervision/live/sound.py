@@ -47,15 +47,19 @@ class SoundLine:
         """
         start = max(self.head, not_before)
         stop = start + len(pcm)
-        if stop - keep_from > (HELD_S + 1) * RATE_HZ + HISTORY:
-            raise BusyError(
-                f"More than {HELD_S:.0f} s of sound wait to be heard. Send no more than that ahead, or interrupt first."
-            )
+        self.check_room(stop, keep_from)
         self._make_room(stop, keep_from)
         self._pcm[start - self._first : stop - self._first] = pcm
         self.head = stop
         self._measure()
         return start
+
+    def check_room(self, stop: int, keep_from: int) -> None:
+        """Raises BusyError where sound up to sample `stop` is more than is held."""
+        if stop - keep_from > (HELD_S + 1) * RATE_HZ + HISTORY:
+            raise BusyError(
+                f"More than {HELD_S:.0f} s of sound wait to be heard. Send no more than that ahead, or interrupt first."
+            )
 
     def pad(self, until: int, keep_from: int) -> None:
         """Let the line go on in silence to sample `until`."""
