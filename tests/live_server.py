@@ -37,6 +37,26 @@ SIZE = 96
 
 
 @dataclass(eq=False)
+class HeardStream:
+    """What one caller pushed."""
+
+    of: Flashes
+    rate_hz: int
+    heard: bytearray = field(default_factory=bytearray)
+    open: bool = False
+
+    def push(self, pcm16: bytes) -> int:
+        self.open = True
+        self.heard += pcm16
+        return self.of.push_audio(pcm16, self.rate_hz)
+
+    def end(self) -> None:
+        if self.open:
+            self.of.end_audio()
+        self.open = False
+
+
+@dataclass(eq=False)
 class Flashes:
     """A session that turns white and beeps together, every FLASH_EVERY pictures, and remembers what it was told."""
 
@@ -56,14 +76,16 @@ class Flashes:
     full: bool = False
     next: int = 0
     face: Any = None
+    streams: list[HeardStream] = field(default_factory=list)
     listeners: list[Callable[[Event], None]] = field(default_factory=list)
 
     def on_event(self, listener: Callable[[Event], None]) -> None:
         self.listeners.append(listener)
 
-    def say(self, text: str) -> int:
+    def say(self, text: str, *, interrupt: bool = False) -> int:
         if self.full:
             raise BusyError("Enough waits. Wait for some.")
+        self.interrupts += interrupt
         self.said.append(text)
         for listener in self.listeners:
             listener(Event("started", len(self.said)))
@@ -75,6 +97,10 @@ class Flashes:
         self.heard += pcm16
         self.rates.append(rate_hz)
         return 1
+
+    def stream(self, rate_hz: int) -> HeardStream:
+        self.streams.append(HeardStream(self, rate_hz))
+        return self.streams[-1]
 
     def end_audio(self) -> None:
         self.ends += 1

@@ -142,19 +142,19 @@ def test_a_session_shows_what_the_same_stages_draw_without_one(
     session = engine.open(still(), rate=rate)
     bases: set[int] = set()
     cuts: list[tuple[int, int]] = []
-    draw, draw_lips = LiveSession._draw, BeaverSync.draw
+    draw, draw_lips = LiveSession._draw, BeaverSync._draw
 
     def noted(self: LiveSession, run: Any) -> None:
         bases.add(run.base)
         draw(self, run)
 
-    def cut(self: BeaverSync, clip: Clip, motion: F32) -> Clip:
+    def cut(self: BeaverSync, clip: Clip, *given: Any) -> Clip:
         cuts.append((clip.frames.start, len(clip)))
-        return draw_lips(self, clip, motion)
+        return draw_lips(self, clip, *given)
 
     with monkeypatch.context() as watched:
         watched.setattr(LiveSession, "_draw", noted)
-        watched.setattr(BeaverSync, "draw", cut)
+        watched.setattr(BeaverSync, "_draw", cut)
         moments = watch(session, 80, in_step(speech(), rate))
     (base,) = bases
     cuts += [(i, 1) for i in range(sum(cuts[-1]), 80 - base)]
@@ -183,6 +183,174 @@ def test_streamed_sound_may_be_cut_anywhere(engine: LiveEngine) -> None:
     assert np.array_equal(sound(a), sound(b))
     assert sound(a).any()
     assert all(differs(x.picture, y.picture) == 0 for x, y in zip(a, b, strict=True))
+
+
+def test_streams_of_several_callers_are_theirs_alone(engine: LiveEngine) -> None:
+    events: list[tuple[str, int]] = []
+    session = engine.open(still())
+    session.on_event(lambda e: events.append((e.kind, e.utterance)))
+    one, other, silent = session.stream(RATE_HZ), session.stream(16_000), session.stream(8_000)
+    data = pcm16(speech()[:RATE_HZ])
+    half = len(data) // 2 + 1  # amid a sample
+    numbers = [one.push(data[:half]), other.push(bytes(16_001)), one.push(data[half:])]
+    assert numbers == [1, 2, 1]
+    silent.end()
+    other.end()
+    other.end()
+    assert other.push(bytes(3200)) == 3, "half a sample of the utterance before is not in it"
+    for stream in (one, other):
+        stream.end()
+    moments = watch(session, 70)
+    assert events == [("started", 1), ("started", 2), ("finished", 1), ("finished", 2), ("started", 3), ("finished", 3)]
+    heard = sound(moments)
+    begin = int(np.flatnonzero(heard)[0] - np.flatnonzero(speech())[0])
+    first, middle = half // 2, RATE_HZ // 2
+    assert np.array_equal(heard[begin : begin + first], speech()[:first])
+    assert not heard[begin + first : begin + first + middle - 200].any(), "what came between is heard there"
+    rest = speech()[first:RATE_HZ]
+    at = begin + first + int(np.flatnonzero(heard[begin + first :])[0] - np.flatnonzero(rest)[0])
+    assert np.array_equal(heard[at : at + len(rest)], rest)
+    with pytest.raises(UsageError, match="192000"):
+        session.stream(3)
+
+
+def test_a_stream_keeps_to_its_samples_when_others_interrupt(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    stream = session.stream(RATE_HZ)
+    data = pcm16(speech()[:RATE_HZ])
+    assert stream.push(data[:1001]) == 1
+    session.interrupt()
+    assert stream.push(data[1001:]) == 2
+    stream.end()
+    heard = sound(watch(session, 40))
+    rest = speech()[500:RATE_HZ]
+    at = int(np.flatnonzero(heard)[0] - np.flatnonzero(rest)[0])
+    assert np.array_equal(heard[at : at + len(rest)], rest)
+
+
+def microphone(pcm: F32) -> Step:
+    """Push `pcm` in real time from moment 0 on, as a microphone does that stays open."""
+    return in_step(np.concatenate([pcm, np.zeros(RATE_HZ, np.float32)]), Fraction(25), at=1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+def test_a_microphone_is_back_at_the_declared_delay_once_a_text_was_said(engine: LiveEngine, noise: float) -> None:
+    session = engine.open(still())
+    first, later = 3 * RATE_HZ, 9 * RATE_HZ
+    pcm = np.random.default_rng(3).normal(0, noise, 13 * RATE_HZ).astype(np.float32) if noise else silence(13)
+    word = speech()[RATE_HZ // 4 : RATE_HZ]
+    for at in (first, later):
+        pcm[at : at + len(word)] = word
+    queued: list[float] = []
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 70:
+            s.say("This is a sentence that takes some three seconds to say.")
+        microphone(pcm)(s, index)
+        queued.append(s.facts()["queued_ms"])
+
+    heard = sound(watch(session, 325, step))
+    declared = round(session.delay_s * RATE_HZ)
+    at = found(word, heard)
+    assert at > first + declared + RATE_HZ, "it was said amid the text, and is heard after it, whole"
+    assert np.array_equal(heard[later + declared :][: len(word)], word)
+    assert max(queued) > 2000 and max(queued[-75:-25]) <= 1000 * session.delay_s + 40
+
+
+def silence(seconds: float) -> F32:
+    return np.zeros(int(seconds * RATE_HZ), np.float32)
+
+
+def found(part: F32, heard: F32) -> int:
+    """Where `part`, sample by sample, is heard first."""
+    loudest = int(np.argmax(np.abs(part)))
+    for at in np.flatnonzero(heard == part[loudest]) - loudest:
+        if at >= 0 and np.array_equal(heard[at : at + len(part)], part):
+            return int(at)
+    raise AssertionError("it is not heard whole")
+
+
+def test_pauses_amid_a_sentence_stay_where_a_text_delays_it(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    word = np.array(speech()[RATE_HZ // 4 : RATE_HZ])
+    sentence = np.concatenate([word, silence(0.4), word, silence(0.45), word])
+    pcm = np.concatenate([silence(1), sentence, silence(1), word])
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 20:
+            s.say("This is a sentence that takes some three seconds to say.")
+        microphone(pcm)(s, index)
+
+    heard = sound(watch(session, 260, step))
+    at = found(sentence, heard)
+    assert at > 2 * RATE_HZ
+    again = at + len(sentence) + found(word, heard[at + len(sentence) :])
+    assert again - at - len(sentence) == pytest.approx(RATE_HZ / 2, abs=RATE_HZ / 50), (
+        "half a second of the pause stays"
+    )
+
+
+def test_sound_that_comes_before_its_time_keeps_its_pauses_after_a_text(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    word = np.array(speech()[RATE_HZ // 4 : RATE_HZ])
+    whole = np.concatenate([word, silence(1.5), word])
+    session.say("Hello there.")
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 5:
+            s.push_audio(pcm16(whole), RATE_HZ)
+            s.end_audio()
+
+    assert found(whole, sound(watch(session, 150, step))) > RATE_HZ // 2
+
+
+def test_an_open_microphone_leaves_room_for_another_who_speaks(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    listening, speaking = session.stream(RATE_HZ), session.stream(RATE_HZ)
+    data = pcm16(speech())
+
+    def step(s: LiveSession, index: int) -> None:
+        for half in range(2):
+            listening.push(bytes(1920))
+            at = (index - 25) * 3840 + half * 1920
+            if 0 <= at < len(data):
+                speaking.push(data[at : at + 1920])
+
+    moments = watch(session, 110, step)
+    at = found(speech(), sound(moments))
+    assert at == pytest.approx((24 / 25 + session.delay_s) * RATE_HZ, abs=RATE_HZ / 20)
+    assert session.facts()["queued_ms"] <= 1000 * session.delay_s + 60
+
+
+@pytest.mark.parametrize("rate_hz", [16_000, RATE_HZ])
+def test_sound_that_is_refused_leaves_no_trace_and_may_be_pushed_again(engine: LiveEngine, rate_hz: int) -> None:
+    session = engine.open(still())
+    second = pcm16(np.full(rate_hz, 0.25, np.float32))
+    for _ in range(60):
+        session.push_audio(second, rate_hz)
+    stream = session.stream(rate_hz)
+    for _ in range(20):
+        with pytest.raises(BusyError):
+            session.push_audio(second, rate_hz)
+        with pytest.raises(BusyError):
+            stream.push(second)
+    assert session.facts()["queued_ms"] == pytest.approx(60_000 + 1000 * session.delay_s, abs=50)
+    watch(session, 75)
+    session.push_audio(second, rate_hz)
+    session.end_audio()
+    assert session.facts()["queued_ms"] == pytest.approx(58_000 + 1000 * session.delay_s, abs=50)
+    assert session.stream(rate_hz).push(bytes(2)) == 2, "nothing was begun by what was refused"
+
+
+def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    number = session.push_audio(bytes(320), 16_000)
+    session.end_audio(number + 1)
+    assert session.push_audio(bytes(320), 16_000) == number
+    session.end_audio(number)
+    assert session.push_audio(bytes(320), 8_000) == number + 1
+    session.end_audio()
+    assert session.push_audio(bytes(320), 16_000) == number + 2
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100])
@@ -429,6 +597,35 @@ def test_what_cannot_be_said_is_refused_at_once(engine: LiveEngine) -> None:
     with pytest.raises(UsageError, match="closed"):
         session.say("Hello.")
     session.close()
+
+
+def test_a_text_takes_the_place_of_what_is_said_unless_it_is_refused(engine: LiveEngine) -> None:
+    events: list[tuple[str, int]] = []
+    session = engine.open(still())
+    session.on_event(lambda e: events.append((e.kind, e.utterance)))
+    first = session.say("One two three four five six seven.")
+
+    def step(s: LiveSession, index: int) -> None:
+        if index == 20:
+            for refused in ("  ", "[no-such-mark] Hello.", "[happy]"):
+                with pytest.raises(TextError):
+                    s.say(refused, interrupt=True)
+        if index == 25:
+            assert events == [("started", first)] and s.facts()["interrupts"] == 0
+            second = s.say("[happy] Hello.", interrupt=True)
+            assert events[1:] == [("interrupted", first)] and second == first + 1
+
+    moments = watch(session, 60, step)
+    assert events[2:] == [("started", first + 1), ("finished", first + 1)]
+    assert not moments[26].audio.pcm.any() and np.abs(sound(moments[27:])).max() > 0.05
+    many = [session.say("Well.") for _ in range(session_module._WAITING)]
+    with pytest.raises(BusyError):
+        session.say("More.")
+    assert session.say("Instead.", interrupt=True) == many[-1] + 1
+    session.close()
+    with pytest.raises(UsageError):
+        session.say("Hello.", interrupt=True)
+    assert session.facts()["interrupts"] == 2
 
 
 def test_the_machine_takes_no_more_sessions_than_it_can_carry(engine: LiveEngine) -> None:

@@ -114,6 +114,9 @@ def test_what_cannot_be_opened_says_why(server: LiveServer) -> None:
     assert refused(server.call("POST", BASE, b"{")) == (422, "invalid")
     assert refused(server.call("POST", BASE, b" " * 70_000)) == (413, "too_large")
     assert refused(server.call("POST", BASE, {"avatar": "0" * 24})) == (404, "no_avatar")
+    assert refused(server.form(b"face", model="no-such")) == (422, "model")
+    forbidden = server.form(b"face", model="wav2lip")
+    assert refused(forbidden) == (403, "licence") and "Use one of: beaver." in forbidden.json["detail"]
     assert server.call("GET", BASE).json["sessions"] == []
 
 
@@ -141,8 +144,9 @@ def test_admission_answers_503_with_retry_after(tmp_path_factory: pytest.TempPat
         full = server.form(b"face")
         assert (full.status, full.json["code"]) == (503, "busy") and int(full.headers["retry-after"]) > 0
         server.source(opened).full = True
-        full = server.call("POST", f"{BASE}/{opened['id']}/say", {"text": "x"})
+        full = server.call("POST", f"{BASE}/{opened['id']}/say", {"text": "x", "interrupt": True})
         assert (full.status, full.json["code"]) == (503, "busy") and int(full.headers["retry-after"]) > 0
+        assert server.source(opened).interrupts == 0, "what is refused interrupts nothing"
         server.call("DELETE", f"{BASE}/{opened['id']}")
         server.open()
 
@@ -368,15 +372,37 @@ def test_whip_brings_a_camera_and_a_microphone(server: LiveServer) -> None:
         await pc.close()
         picture = source.pictures[-1]
         assert picture.y.shape == (96, 128)
-        assert picture.rgb()[48, 64] == pytest.approx((250, 20, 20), abs=25)
+        assert picture.rgb()[48, 64] == pytest.approx((250, 20, 20), abs=8)
         assert set(source.rates) == {48_000}
         sound = np.frombuffer(bytes(source.heard[-48_000:]), np.int16)
         spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
         assert np.argmax(spectrum) * 48_000 / len(sound) == pytest.approx(500, abs=10)
         await until_async(lambda: server.rooms.get(session["id"], None).peers == {})
+        assert source.ends == 1 and not source.streams[0].open, "with the connection its utterance ends"
 
     asyncio.run(scene())
     server.call("DELETE", f"{BASE}/{session['id']}")
+
+
+def test_a_microphone_is_heard_beside_sound_of_another_rate(server: LiveServer, session: dict[str, Any]) -> None:
+    async def scene() -> None:
+        source = server.source(session)
+        async with connect(session["media"]["audio"] + "&rate=16000") as speaking:
+            await speaking.send(bytes(640))
+            pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+            pc.addTransceiver(_Microphone(), "sendonly")
+            await pc.setLocalDescription(await pc.createOffer())
+            offer = pc.localDescription.sdp.encode()
+            answer = await asyncio.to_thread(server.call, "POST", session["media"]["whip"], offer, "application/sdp")
+            await pc.setRemoteDescription(RTCSessionDescription(answer.body.decode(), "answer"))
+            await until_async(lambda: len(source.streams) == 2 and len(source.streams[1].heard) > 48_000)
+            assert [stream.rate_hz for stream in source.streams] == [16_000, 48_000]
+            await asyncio.to_thread(server.call, "DELETE", answer.headers["location"])
+            await until_async(lambda: source.ends == 1)
+            assert [stream.open for stream in source.streams] == [True, False]
+            await pc.close()
+
+    asyncio.run(scene())
 
 
 # WebSockets -------------------------------------------------------------------------------------
@@ -401,8 +427,10 @@ def test_mp4_over_websocket_has_flash_and_beep_at_the_same_time(server: LiveServ
     assert [t["track"] for t in tracks] == [0, 1]
     assert tracks[0]["mime"].startswith('video/mp4; codecs="avc1.') and "mp4a.40.2" in tracks[1]["mime"]
     with av.open(io.BytesIO(data[0])) as video, av.open(io.BytesIO(data[1])) as sound:
-        white = [f.time for f in video.decode(video=0) if f.to_ndarray(format="gray").mean() > 128]
+        pictures = list(video.decode(video=0))
         frames = list(sound.decode(audio=0))
+    white = [f.time for f in pictures if f.to_ndarray(format="gray").mean() > 128]
+    assert (pictures[0].colorspace, pictures[0].color_range) == (1, 1), "it says that its colours are those of BT.709"
     loud = np.abs(np.concatenate([f.to_ndarray()[0] for f in frames])) > 0.2
     began = frames[0].time + (np.flatnonzero(np.diff(loud.astype(int)) == 1) + 1) / 48_000
     for flash in white[1:-1]:
@@ -431,6 +459,30 @@ def test_audio_in_any_chunks_arrives_whole_and_events_come_back(server: LiveServ
             await socket.send(sound[:999])
         await until_async(lambda: source.ends == 2)
         assert bytes(source.heard[at:]) == sound[:999], "what came before the connection broke is said to its end"
+
+    asyncio.run(scene())
+
+
+def test_sound_sockets_have_streams_of_their_own(server: LiveServer, session: dict[str, Any]) -> None:
+    source, url = server.source(session), session["media"]["audio"]
+
+    async def scene() -> None:
+        async with connect(url + "&rate=24000") as speaking:
+            await speaking.send(bytes(333))
+            async with connect(url + "&rate=8000") as passing:
+                await until_async(lambda: len(source.streams) == 2)
+                await passing.send('{"type": "end"}')
+            await until_async(lambda: server.rooms.get(session["id"], None).sockets == 1)
+            assert source.ends == 0, "whoever says nothing ends nothing"
+            async with connect(url + "&rate=8000") as other:
+                await other.send(b"other")
+                await until_async(lambda: len(source.streams) == 3 and source.streams[2].heard == b"other")
+            await until_async(lambda: source.ends == 1)
+            assert [stream.open for stream in source.streams] == [True, False, False]
+            await speaking.send(bytes(333))
+            await speaking.send('{"type": "end"}')
+            await until_async(lambda: source.ends == 2)
+            assert len(source.streams[0].heard) == 666
 
     asyncio.run(scene())
 
@@ -518,6 +570,31 @@ def test_a_push_needs_an_allowed_host_and_hides_its_key(server: LiveServer, sess
     assert "SECRET" not in json.dumps(shown) and shown["error"]
     assert server.call("DELETE", f"{path}/{shown['id']}").status == 204
     assert server.call("GET", f"{BASE}/{session['id']}").json["pushes"] == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rtmp://[::1/a",
+        "rtmp://[host]/a/b",
+        "rtmp://127.0.0.1:port/a/b",
+        "rtmp://127.0.0.1:70000/a/b",
+        "rtmp://127.0.0.1:0/a/b",
+        "rtmp://:1935/a/b",
+        "rtmp://127.0.0.1",
+        "http://127.0.0.1/a/b",
+        "rtmp://127.0.0.1/a b",
+        "rtmp://127.0.0.1/a\n",
+        "",
+    ],
+)
+def test_what_is_no_address_to_push_to_is_refused_and_says_what_is(
+    server: LiveServer, session: dict[str, Any], url: str
+) -> None:
+    refused = server.call("POST", f"{BASE}/{session['id']}/pushes", {"url": url})
+    assert (refused.status, refused.json["code"]) == (422, "invalid")
+    assert "rtmp://HOST/APP/KEY" in refused.json["detail"]
+    assert server.call("GET", BASE).json["sessions"][0]["pushes"] == []
 
 
 # Faults -----------------------------------------------------------------------------------------

@@ -10,20 +10,24 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 import pytest
 
 pytest.importorskip("aiortc", reason="live sessions need the extra live")
 
 from beavervision.errors import UsageError
+from beavervision.media import Color, Matrix, Picture
 from beavervision.serve.live.check import check
 from beavervision.serve.live.encoder import AUDIO_HZ, VIDEO_HZ, Coded, Encoder, Kind
 from beavervision.serve.live.fanout import Ended, Fanout
 from beavervision.serve.live.fmp4 import fragment, sound_track, video_track
 from beavervision.serve.live.hls import Hls
 from beavervision.serve.live.push import Push
+from beavervision.serve.live.room import as_picture
 from beavervision.serve.live.webrtc import Network
 from beavervision.settings import Settings
+from beavervision.stages.encode import video_frame
 from tests.live_server import FLASH_EVERY, SIZE, moment, until_async
 
 SECOND = 25
@@ -31,7 +35,7 @@ SECOND = 25
 
 def coded(count: int, rate: Fraction = Fraction(25), keys: tuple[int, ...] = (), first: int = 0) -> list[list[Coded]]:
     """`count` moments, encoded."""
-    encoder, packets = Encoder(SIZE, SIZE, rate), []
+    encoder, packets = Encoder(SIZE, SIZE, rate, Color()), []
     for n in range(first, first + count):
         m = moment(n, rate)
         pictures = encoder.picture(m.picture, n, n / 25, keyframe=n in keys)
@@ -58,7 +62,7 @@ def test_every_picture_leaves_at_once_with_its_exact_time(rate: Fraction) -> Non
 
 
 def test_sound_is_stamped_by_its_samples_and_begins_anew_after_a_gap() -> None:
-    encoder = Encoder(SIZE, SIZE, Fraction(25))
+    encoder = Encoder(SIZE, SIZE, Fraction(25), Color())
     first = [c for n in range(25) for c in encoder.sound(np.zeros(1920, np.float32), n * 1920, 0.0, aac=n > 4)]
     for kind, size in ((Kind.OPUS, 960), (Kind.AAC, 1024)):
         times = [c.pts for c in first if c.kind is kind]
@@ -87,6 +91,64 @@ def test_fragments_hold_what_went_in_and_picture_and_sound_stay_together() -> No
         at = int((time_s - first) * AUDIO_HZ)
         begun = at - AUDIO_HZ // 20 + int(np.argmax(loud[at - AUDIO_HZ // 20 :]))
         assert abs(begun - at) < 0.005 * AUDIO_HZ, "the beep is heard with the flash"
+
+
+# Colours ----------------------------------------------------------------------------------------
+
+RED, GREEN = (200, 30, 30), (30, 160, 40)
+BT601, BT709, FULL = Color(Matrix.BT601), Color(Matrix.BT709, primaries=1, transfer=1), Color(full_range=True)
+BT2020 = Color(Matrix.BT2020, primaries=9, transfer=14)
+
+
+def two_colors(color: Color) -> Picture:
+    """Red on the left, green on the right."""
+    rgb = np.full((SIZE, SIZE, 3), RED, np.float32)
+    rgb[:, SIZE // 2 :] = GREEN
+    yuv = np.rint(cv2.transform(rgb, color.to_yuv())).astype(np.uint8)
+    return Picture(*(np.ascontiguousarray(p) for p in (yuv[..., 0], yuv[::2, ::2, 1], yuv[::2, ::2, 2])), color)
+
+
+def assert_two_colors(rgb: Any) -> None:
+    for at, wanted in ((SIZE // 4, RED), (SIZE * 3 // 4, GREEN)):
+        assert rgb[SIZE // 2, at].astype(int) == pytest.approx(wanted, abs=6)
+
+
+def played(colors: list[Color]) -> list[av.VideoFrame]:
+    """A stream of such pictures as its viewer decodes it."""
+    encoder, data = Encoder(SIZE, SIZE, Fraction(25), colors[0]), b""
+    for n, color in enumerate(colors):
+        for packet in encoder.picture(two_colors(color), n, 0.0, keyframe=False):
+            data += fragment(packet, n + 1) if n else video_track(packet.data, SIZE, SIZE).head + fragment(packet, 1)
+    with av.open(io.BytesIO(data)) as container:
+        return list(container.decode(video=0))
+
+
+@pytest.mark.parametrize("color", [BT601, BT709, FULL, BT2020])
+def test_a_stream_says_what_its_colours_are(color: Color) -> None:
+    (frame,) = played([color])
+    expected = video_frame(two_colors(color))
+    for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        assert getattr(frame, name) == getattr(expected, name), name
+    assert_two_colors(frame.to_ndarray(format="rgb24"))
+
+
+def test_pictures_of_other_colours_than_the_first_look_right_too() -> None:
+    for first in (BT709, FULL, BT601):
+        for frame in played([first, BT601, FULL, BT709, BT2020]):
+            assert_two_colors(frame.to_ndarray(format="rgb24"))
+
+
+@pytest.mark.parametrize("color", [BT601, BT709, FULL, BT2020])
+def test_a_cameras_pictures_have_the_same_colours_whatever_it_sends(color: Color) -> None:
+    picture = as_picture(video_frame(two_colors(color)), (SIZE, SIZE // 2))
+    assert picture.color == Color() and picture.y.shape == (SIZE // 2, SIZE)
+    assert_two_colors(np.repeat(picture.rgb(), 2, axis=0))
+
+
+def test_a_camera_that_tells_nothing_of_its_colours_means_bt601() -> None:
+    frame = video_frame(two_colors(BT601))
+    frame.colorspace, frame.color_range = 2, 0
+    assert_two_colors(as_picture(frame, (SIZE, SIZE)).rgb())
 
 
 # Viewers ----------------------------------------------------------------------------------------
@@ -132,13 +194,62 @@ def test_hls_lists_whole_segments_that_play_and_forgets_old_ones() -> None:
         assert 'URI="sound.m3u8?a=b"' in (await file("index.m3u8")).decode()
         lines = (await file("video.m3u8")).decode().splitlines()
         names = [line.removesuffix("?a=b") for line in lines if not line.startswith("#")]
-        assert len(names) == 6 and "#EXT-X-TARGETDURATION:1" in lines
+        assert len(names) == 8 and "#EXT-X-TARGETDURATION:2" in lines
         with av.open(io.BytesIO(await file("video.mp4") + await file(names[0]))) as container:
             frames = list(container.decode(video=0))
         assert len(frames) == SECOND and frames[0].time == pytest.approx(1 + int(names[0][6:-4]), abs=0.001)
         assert await hls.file("video-0.m4s", "") is None and await hls.file("other.m3u8", "") is None
         await hls.close()
         assert len(fanout) == 0
+
+    asyncio.run(scene())
+
+
+def packet(kind: Kind, at_s: float, duration_s: float, *, keyframe: bool = False) -> Coded:
+    hz = VIDEO_HZ if kind is Kind.VIDEO else AUDIO_HZ
+    key = KEY if keyframe else b"\0\0\0\1\x41nothing"
+    return Coded(kind, key, round((1 + at_s) * hz), round(duration_s * hz), keyframe or kind is Kind.AAC, 0.0)
+
+
+KEY = of(Kind.VIDEO, coded(1))[0].data
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize(
+    "missing", [range(0), range(0, 1000, 2), range(120, 1000, 3), range(130, 220), range(100, 113)]
+)
+def test_no_segment_is_longer_than_the_playlist_says_whatever_pictures_come(missing: range, answers: bool) -> None:
+    """Some pictures are missing, and key pictures come each 25 that are there and, if `answers`, when one is asked for."""
+
+    async def scene() -> None:
+        asked: list[int] = []
+        fanout = Fanout(lambda: asked.append(1))
+        hls = Hls(fanout, (SIZE, SIZE))
+        since, targets, durations = 24, set(), {}
+        for n in range(500):
+            fanout.publish([packet(Kind.AAC, n / 25, 1 / 25)])
+            since += n not in missing
+            if (asked and answers) or (since >= 25 and n not in missing):
+                fanout.publish([packet(Kind.VIDEO, n / 25, 1 / 25, keyframe=True)])
+                since = 0
+                asked.clear()
+            elif n not in missing:
+                fanout.publish([packet(Kind.VIDEO, n / 25, 1 / 25)])
+            await asyncio.sleep(0)
+            if n % 25 == 0 and n >= 150:
+                for name in ("video", "sound"):
+                    found = await hls.file(f"{name}.m3u8", "")
+                    assert found is not None
+                    lines = found[0].decode().splitlines()
+                    targets |= {int(line.partition(":")[2]) for line in lines if "TARGETDURATION" in line}
+                    times = [float(line[8:-1]) for line in lines if line.startswith("#EXTINF")]
+                    durations |= dict(zip([line for line in lines if not line.startswith("#")], times, strict=True))
+        (target,) = targets
+        assert max(round(seconds) for seconds in durations.values()) <= target
+        if not missing:
+            assert min(durations.values()) >= 0.95
+        assert len([name for name in durations if name.startswith("video")]) >= (10 if answers else 4)
+        await hls.close()
 
     asyncio.run(scene())
 

@@ -4,7 +4,7 @@ from beavervision.live.avatar import Avatar
 from beavervision.live.clock import Clock, ManualClock, SystemClock
 from beavervision.live.engine import Capacity, LiveEngine
 from beavervision.live.footage import Camera
-from beavervision.live.session import Event, LiveSession, Moment
+from beavervision.live.session import Event, LiveSession, Moment, SoundStream
 
 __all__ = [
     "Avatar",
@@ -16,5 +16,6 @@ __all__ = [
     "LiveSession",
     "ManualClock",
     "Moment",
+    "SoundStream",
     "SystemClock",
 ]

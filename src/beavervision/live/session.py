@@ -30,7 +30,7 @@ from beavervision.expression import Marked, Script, Wanted
 from beavervision.expression.script import Asked
 from beavervision.live.avatar import Avatar
 from beavervision.live.footage import Camera, CameraFootage, Footage, Loop
-from beavervision.live.sound import HISTORY, RATE_HZ, Converter, Pcm16, SoundLine
+from beavervision.live.sound import BLOCK, HISTORY, RATE_HZ, Converter, Pauses, Pcm16, SoundLine, pieces
 from beavervision.media import BLENDSHAPES, F32, U8, Audio, Clip, Expression, Phone, Picture, sample_at
 from beavervision.models.expression import load_basis
 from beavervision.speech import SpeechChunk, Voice
@@ -59,6 +59,9 @@ _GLIDE_S = 0.8  # in which a face comes to a new expression
 _SETTLED = 2e-3  # a look that changes less from picture to picture has come to rest,
 _UNSETTLED_S = 3.0  # or after so much silence
 _SILENCE_S = 0.1  # by which sound and lips come to rest after an interruption
+_PAUSE = RATE_HZ // 2  # samples of silence after which no word goes on,
+_WAITS = RATE_HZ // 2  # and by which sound that came early is told from a microphone's
+_HELD_BACK = RATE_HZ // 10  # samples that conversion to the line's rate keeps to itself, at most
 _TICK_S = 0.005  # by which a clock without threads moves on between pieces of work
 _KEPT = 2048  # measured values
 
@@ -178,6 +181,37 @@ class _Counts:
     skew_s: float = 0.0
 
 
+class SoundStream:
+    """The sound of one caller, as it comes; made by :meth:`LiveSession.stream`.
+
+    What is pushed until :meth:`end` is one utterance, and after an interruption another one. Other callers' streams are theirs
+    alone. Callable from any thread.
+    """
+
+    def __init__(self, session: LiveSession, rate_hz: int) -> None:
+        self.rate_hz = Converter(rate_hz).rate_hz  # which refuses what is out of range
+        self._session = session
+        # The session's to read and write:
+        self.parser = Pcm16()
+        self.utterance: _Utterance | None = None
+        self.due = 0  # where its next sample would be heard if nobody else said anything
+        self.pauses = Pauses()
+        self.quiet = 0  # samples since it was last loud
+
+    def push(self, pcm16: bytes) -> int:
+        """Speak sound: little-endian 16-bit mono, in pieces of any length. Returns the utterance's number.
+
+        Raises:
+            UsageError: the session is closed.
+            BusyError: more than a minute of sound waits.
+        """
+        return self._session._push(self, pcm16)
+
+    def end(self) -> None:
+        """What was pushed is complete; half a sample at its end is left out."""
+        self._session._end(self)
+
+
 class LiveSession:
     """Made by :meth:`~beavervision.live.engine.LiveEngine.open`. All methods may be called from any thread."""
 
@@ -222,8 +256,8 @@ class LiveSession:
         self._failed: BaseException | None = None
         self._numbers = itertools.count(1)
         self._utterances: deque[_Utterance] = deque()  # those that were not heard to their end
-        self._stream: tuple[_Utterance, Pcm16] | None = None
-        self._broken = False  # whether the line ran dry before the stream went on
+        self._stream: SoundStream | None = None  # of push_audio
+        self._broken = False  # whether the line ran dry before the text went on
         self._speaking: Future[None] | None = None
         self._run: _Run | None = None
         self._retired: list[_Run] = []  # to be closed by the worker
@@ -271,10 +305,13 @@ class LiveSession:
         """Call `listener` when utterances begin and end, from the thread that takes the moments, or that interrupts."""
         self._listeners.append(listener)
 
-    def say(self, text: str) -> int:
-        """Speak `text` after what is being said; returns the utterance's number at once.
+    def say(self, text: str, *, interrupt: bool = False) -> int:
+        """Speak `text` after what is being said, or in its place; returns the utterance's number at once.
 
         The first sentence is heard while the others are synthesised.
+
+        Args:
+            interrupt: fall silent first, as :meth:`interrupt`, but not for a text that is refused.
 
         Raises:
             TextError: it is empty, or the voice cannot say it.
@@ -289,6 +326,7 @@ class LiveSession:
         chunks = marked.follow(spoken, told, language=self._language)
         with self._changed:
             self._touch()
+            cut = self._cut()[0] if interrupt else []
             if marked.marks:
                 self._script.expect()
             if len(self._utterances) >= _WAITING:
@@ -297,6 +335,7 @@ class LiveSession:
             self._utterances.append(utterance)
             self._speak_on()
             self._changed.notify_all()
+        self._tell(cut)
         return utterance.number
 
     def push_audio(self, pcm16: bytes, rate_hz: int) -> int:
@@ -307,32 +346,29 @@ class LiveSession:
             BusyError: more than a minute of sound waits.
         """
         with self._changed:
-            self._touch()
-            if self._stream is None:
-                utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(rate_hz))
-                self._utterances.append(utterance)
-                self._stream = (utterance, Pcm16())
-            utterance, parser = self._stream
-            converter = utterance.converter
-            assert converter is not None
-            if rate_hz != converter.rate_hz:
+            self._stream = self._stream or self.stream(rate_hz)
+            if rate_hz != self._stream.rate_hz:
                 raise UsageError(
-                    f"The sound began at {converter.rate_hz} Hz, not {rate_hz}. End it before another begins."
+                    f"The sound began at {self._stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
                 )
-            self._write(utterance, converter.push(parser.push(pcm16)), self.delay_s)
-            self._changed.notify_all()
-            return utterance.number
+            return self._stream.push(pcm16)
 
-    def end_audio(self) -> None:
-        """What :meth:`push_audio` brought is complete."""
+    def end_audio(self, utterance: int | None = None) -> None:
+        """What :meth:`push_audio` brought is complete; nothing is done if that is not `utterance`, where one is given."""
         with self._changed:
-            if self._stream is not None:
-                utterance, _ = self._stream
-                assert utterance.converter is not None
-                self._write(utterance, utterance.converter.end(), self.delay_s)
-                utterance.complete = True
-                self._stream = None
-                self._changed.notify_all()
+            stream = self._stream
+            if stream is None or stream.utterance is None or utterance not in (None, stream.utterance.number):
+                return
+            self._stream = None
+            stream.end()
+
+    def stream(self, rate_hz: int) -> SoundStream:
+        """A stream of sound of the caller's own, beside those of others and :meth:`push_audio`'s.
+
+        Raises:
+            UsageError: the rate is out of range.
+        """
+        return SoundStream(self, rate_hz)
 
     def interrupt(self) -> float:
         """Fall silent and forget all that waits to be said. Returns how many seconds of sound were cut.
@@ -340,28 +376,33 @@ class LiveSession:
         Sound and lips are at rest within 0.1 s.
         """
         with self._changed:
-            at = sample_at(self._next, self.rate, RATE_HZ)
-            events = [
-                Event("interrupted", u.number, self._heard_s(u, at), sample=at)
-                for u in self._utterances
-                if not _over(u, at)
-            ]
-            self._utterances.clear()
-            self._stream = None
-            lost = self._line.cut(at)
-            self._script.forget()
-            self._retire()
-            self._drawn.clear()
-            if self._last_drawn:
-                steps = max(int(_SILENCE_S * self.rate) - 1, 0)
-                self._ease = deque(1 - (k + 1) / (steps + 1) for k in range(steps))
-            self._last_drawn = False
-            if self._script.anything and not self._face.own_mouth:  # whatever the words had the face express passes
-                self._glide_until = self._next + ceil(_GLIDE_S * self.rate)
-            self._counts.interrupts += 1
-            self._changed.notify_all()
+            events, lost = self._cut()
         self._tell(events)
         return lost / RATE_HZ
+
+    def _cut(self) -> tuple[list[Event], int]:
+        """Interrupt; returns what is to be told of it, and how many samples were cut."""
+        at = sample_at(self._next, self.rate, RATE_HZ)
+        events = [
+            Event("interrupted", u.number, self._heard_s(u, at), sample=at)
+            for u in self._utterances
+            if not _over(u, at)
+        ]
+        self._utterances.clear()
+        self._stream = None
+        lost = self._line.cut(at)
+        self._script.forget()
+        self._retire()
+        self._drawn.clear()
+        if self._last_drawn:
+            steps = max(int(_SILENCE_S * self.rate) - 1, 0)
+            self._ease = deque(1 - (k + 1) / (steps + 1) for k in range(steps))
+        self._last_drawn = False
+        if self._script.anything and not self._face.own_mouth:  # whatever the words had the face express passes
+            self._glide_until = self._next + ceil(_GLIDE_S * self.rate)
+        self._counts.interrupts += 1
+        self._changed.notify_all()
+        return events, lost
 
     def set_expression(self, spec: str) -> None:
         """Let the face pass into an expression, as :func:`beavervision.expression.parse` reads it; at once, also amid speech.
@@ -476,17 +517,78 @@ class LiveSession:
         """Where the session's time stands; before the beginning and in a pause, at the next moment."""
         return float(self._next / self.rate) if self._origin_s is None else self.clock.now() - self._origin_s
 
-    def _write(self, utterance: _Utterance, pcm: F32, lead_s: float, phones: Sequence[Phone] = ()) -> None:
-        """Put samples on the line: the first of an utterance `lead_s` from now, if nothing else is due then.
+    def _push(self, stream: SoundStream, pcm16: bytes) -> int:
+        with self._changed:
+            self._touch()
+            on_time = round((self._now_s() + self.delay_s) * RATE_HZ)
+            # Before anything of it is taken in: who is refused may push the same again.
+            count = len(pcm16) * RATE_HZ // (2 * stream.rate_hz) + _HELD_BACK
+            self._line.check_room(max(self._line.head, on_time) + count, self._kept_from())
+            utterance = self._open(stream)
+            if utterance is None:
+                utterance = _Utterance(next(self._numbers), self.clock.now(), converter=Converter(stream.rate_hz))
+                self._utterances.append(utterance)
+                stream.utterance, stream.quiet = utterance, 0
+            assert utterance.converter is not None
+            self._take_in(stream, utterance, utterance.converter.push(stream.parser.push(pcm16)))
+            self._changed.notify_all()
+            return utterance.number
+
+    def _end(self, stream: SoundStream) -> None:
+        with self._changed:
+            utterance = self._open(stream)
+            stream.utterance, stream.parser = None, Pcm16()
+            if utterance is None:
+                return
+            assert utterance.converter is not None
+            utterance.complete = True
+            self._changed.notify_all()
+            with suppress(BusyError):  # the very last samples, after some that were refused
+                self._take_in(stream, utterance, utterance.converter.end())
+
+    def _take_in(self, stream: SoundStream, utterance: _Utterance, pcm: F32) -> None:
+        """Put a stream's next samples on the line, where they belong or as soon after it as there is room."""
+        if not len(pcm):
+            return
+        on_time = round((self._now_s() + self.delay_s) * RATE_HZ)
+        if utterance.start is None or stream.due < sample_at(self._next, self.rate, RATE_HZ):
+            stream.due = on_time
+        due = stream.due
+        self._write(utterance, self._caught_up(stream, pcm, on_time), due)
+
+    def _caught_up(self, stream: SoundStream, pcm: F32, on_time: int) -> F32:
+        """`pcm` without so much of its silence as others' sound delays it by.
+
+        A pause amid a sentence stays, and so does one of sound that came before its time (after `on_time`) and waits anyway.
+        """
+        behind = max(self._line.head - stream.due, 0)
+        kept: list[F32] = []
+        for block in pieces(pcm, BLOCK):
+            silent = stream.pauses.silent(block)
+            spare = silent and stream.quiet >= _PAUSE and stream.due < on_time + _WAITS
+            left_out = min(behind, len(block)) if spare else 0
+            behind -= left_out
+            kept.append(block[left_out:])
+            stream.quiet = stream.quiet + len(block) if silent else 0
+            stream.due += len(block)
+        return np.concatenate(kept)
+
+    def _open(self, stream: SoundStream) -> _Utterance | None:
+        """What a stream speaks; None before its first sound, and after an interruption."""
+        return stream.utterance if stream.utterance in self._utterances else None
+
+    def _kept_from(self) -> int:
+        """The first sample that may still be needed."""
+        return sample_at(self._next, self.rate, RATE_HZ) - HISTORY
+
+    def _write(self, utterance: _Utterance, pcm: F32, due: int, phones: Sequence[Phone] = ()) -> None:
+        """Put samples on the line, at number `due` or as soon after it as there is room.
 
         `phones` are in them, on the utterance's clock.
         """
         if not len(pcm):
             return
-        anew = utterance.start is None or self._broken
-        now_s = self._now_s()
-        not_before = round((now_s + lead_s) * RATE_HZ) if anew else self._line.head
-        start = self._line.write(pcm, not_before, sample_at(self._next, self.rate, RATE_HZ) - HISTORY)
+        start = self._line.write(pcm, due, self._kept_from())
         self._broken = False
         self._line.tell(phones, start - utterance.written)
         utterance.written += len(pcm)
@@ -495,7 +597,7 @@ class LiveSession:
             utterance.start = start
         utterance.stop = start + len(pcm)
         if utterance.chunks is None:
-            self._arrivals.append((start, now_s))
+            self._arrivals.append((start, self._now_s()))
 
     def _draw_anew(self, start: int) -> None:
         """Forget what was drawn as if there were silence from sample `start` on."""
@@ -538,12 +640,14 @@ class LiveSession:
                 if utterance in self._utterances:  # not interrupted meanwhile
                     if chunk is None:
                         if utterance.converter is not None:
-                            self._write(utterance, utterance.converter.end(), 0.0)
+                            self._write(utterance, utterance.converter.end(), self._line.head)
                         utterance.complete = True
                     else:
                         utterance.converter = utterance.converter or Converter(chunk.audio.rate_hz)
                         lead_s = WORK_S + float(2 / self.rate)
-                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), lead_s, chunk.phones)
+                        anew = utterance.start is None or self._broken
+                        due = round((self._now_s() + lead_s) * RATE_HZ) if anew else self._line.head
+                        self._write(utterance, utterance.converter.push(chunk.audio.pcm[0]), due, chunk.phones)
                         if utterance.told is not None and utterance.start is not None:
                             utterance.told.pass_on(self._script, utterance.start / RATE_HZ)
             if failed is not None:

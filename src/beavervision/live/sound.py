@@ -14,10 +14,12 @@ from beavervision.media import F32, Phone
 RATE_HZ = 48_000
 HELD_S = 60.0  # of sound that may wait to be heard
 HISTORY = RATE_HZ * 2  # samples kept after they were taken: what a drawing that begins now must have heard
-_BLOCK = RATE_HZ // 100  # of loudness
+BLOCK = RATE_HZ // 100  # of loudness
 _LOUD = 10 ** (-55 / 20)  # root mean square from which something may be speech,
 _ABOVE_NOISE = 3.0  # and by how much it stands out of a known noise
 _LOUDEST_NOISE = 0.05
+_UNHEARD = 10 ** (-40 / 20)  # root mean square of noise that nobody misses, at most
+_NOISE_BLOCKS = 100  # among so many, some are between words
 _FADE = RATE_HZ // 100  # of sound that is cut
 
 
@@ -45,15 +47,19 @@ class SoundLine:
         """
         start = max(self.head, not_before)
         stop = start + len(pcm)
-        if stop - keep_from > (HELD_S + 1) * RATE_HZ + HISTORY:
-            raise BusyError(
-                f"More than {HELD_S:.0f} s of sound wait to be heard. Send no more than that ahead, or interrupt first."
-            )
+        self.check_room(stop, keep_from)
         self._make_room(stop, keep_from)
         self._pcm[start - self._first : stop - self._first] = pcm
         self.head = stop
         self._measure()
         return start
+
+    def check_room(self, stop: int, keep_from: int) -> None:
+        """Raises BusyError where sound up to sample `stop` is more than is held."""
+        if stop - keep_from > (HELD_S + 1) * RATE_HZ + HISTORY:
+            raise BusyError(
+                f"More than {HELD_S:.0f} s of sound wait to be heard. Send no more than that ahead, or interrupt first."
+            )
 
     def pad(self, until: int, keep_from: int) -> None:
         """Let the line go on in silence to sample `until`."""
@@ -118,20 +124,20 @@ class SoundLine:
         self._pcm, self._first = pcm, first
 
     def _measure(self) -> None:
-        start = max(self._measured, self._first + -self._first % _BLOCK)
-        count = (self.head - start) // _BLOCK
+        start = max(self._measured, self._first + -self._first % BLOCK)
+        count = (self.head - start) // BLOCK
         if count <= 0:
             return
-        pcm = self._pcm[start - self._first :][: count * _BLOCK].reshape(count, _BLOCK)
+        pcm = self._pcm[start - self._first :][: count * BLOCK].reshape(count, BLOCK)
         level = np.sqrt(np.mean(np.square(pcm), axis=1))
         self._noise = min(self._noise, float(level.max()))
         loud = np.flatnonzero(level > max(_LOUD, _ABOVE_NOISE * self._noise))
         if loud.size:
-            begin = start + int(loud[0]) * _BLOCK
+            begin = start + int(loud[0]) * BLOCK
             if begin > self.loud_until + RATE_HZ // 2 or not self.loud_until:
                 self.loud_from = begin
-            self.loud_until = start + (int(loud[-1]) + 1) * _BLOCK
-        self._measured = start + count * _BLOCK
+            self.loud_until = start + (int(loud[-1]) + 1) * BLOCK
+        self._measured = start + count * BLOCK
 
 
 class Converter:
@@ -182,6 +188,23 @@ class Pcm16:
         whole = len(data) // 2 * 2
         self._odd = data[whole:]
         return np.frombuffer(data[:whole], "<i2").astype(np.float32) * np.float32(1 / 32768)
+
+
+class Pauses:
+    """Finds the pauses of one stream of sound, whose noise is what its quietest blocks of late are."""
+
+    def __init__(self) -> None:
+        self._lowest = [_UNHEARD, _UNHEARD]  # root mean square of the quietest block, lately and before
+        self._blocks = 0
+
+    def silent(self, block: F32) -> bool:
+        """Whether the next block, of up to BLOCK samples, is nothing that anybody would miss."""
+        level = float(np.sqrt(np.mean(np.square(block))))
+        if self._blocks % _NOISE_BLOCKS == 0:
+            self._lowest = [self._lowest[1], _UNHEARD]
+        self._blocks += 1
+        self._lowest[1] = min(self._lowest[1], level)
+        return level <= max(_LOUD, min(_ABOVE_NOISE * min(self._lowest), _UNHEARD))
 
 
 def pieces(pcm: F32, size: int) -> Iterator[F32]:

@@ -235,11 +235,11 @@ class Service:
         if text is not None:
             self._check_text(text, settings)
         if settings.model is not None:
-            self._check_model(settings.model)
+            self.check_model(settings.model)
         if settings.restore is not None:
-            self._check_model(settings.restore, "restore")
+            self.check_model(settings.restore, "restore")
         if settings.boxes is not None:
-            self._check_model(settings.boxes, "boxes")
+            self.check_model(settings.boxes, "boxes")
         if (settings.boxes or settings.whole_box) and (settings.model or self.settings.model) == BEAVER.name:
             raise Problem(
                 422,
@@ -346,7 +346,8 @@ class Service:
         """A text without its marks of expressions."""
         return Marked.of(text, ExpressionStore(self.settings.data_dir).looks()).text
 
-    def _check_model(self, name: str, kind: str = "lipsync") -> None:
+    def check_model(self, name: str, kind: str = "lipsync") -> None:
+        """Raises LicenceError or Problem (422) where this service does not draw with it."""
         model = next((m for m in self.models() if m.name == name), None)
         usable = [m.name for m in self.models() if m.usable and m.kind == kind]
         use = f"Use one of: {', '.join(usable)}." if usable else "Leave it out: this service has none."

@@ -20,6 +20,7 @@ import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from beavervision.errors import OutputError, UsageError
@@ -216,9 +217,7 @@ def _video_stream(
     context.width, context.height, context.pix_fmt = picture.width_px, picture.height_px, "yuv420p"
     context.time_base = 1 / rate
     context.thread_count = threads
-    color = picture.color
-    context.colorspace, context.color_range = _MATRIX_CODES[color.matrix], _range_code(color)
-    context.color_primaries, context.color_trc = color.primaries, color.transfer
+    tag(context, picture.color)
     return stream
 
 
@@ -234,20 +233,20 @@ def _audio_stream(container: OutputContainer, kind: _Format, sound: Audio) -> Au
     return stream
 
 
-def _range_code(color: Color) -> int:
-    return 2 if color.full_range else 1
-
-
 def video_frame(picture: Picture) -> av.VideoFrame:
     """The picture with its colour tags as FFmpeg knows it, at no time yet."""
     frame = av.VideoFrame(picture.width_px, picture.height_px, "yuv420p")
     for plane, values in zip(frame.planes, (picture.y, picture.u, picture.v), strict=True):
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
         rows[: values.shape[0], : values.shape[1]] = values
-    color = picture.color
-    frame.colorspace, frame.color_range = _MATRIX_CODES[color.matrix], _range_code(color)
-    frame.color_primaries, frame.color_trc = color.primaries, color.transfer
+    tag(frame, picture.color)
     return frame
+
+
+def tag(what: av.VideoFrame | VideoCodecContext, color: Color) -> None:
+    """Let a frame, or an encoder that is not open yet, say how its planes map to light."""
+    what.colorspace, what.color_range = _MATRIX_CODES[color.matrix], 2 if color.full_range else 1
+    what.color_primaries, what.color_trc = color.primaries, color.transfer
 
 
 def _sound_frame(audio: Audio, start: int) -> av.AudioFrame:

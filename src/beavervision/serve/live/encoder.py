@@ -17,10 +17,11 @@ import numpy as np
 from av.audio.codeccontext import AudioCodecContext
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Colorspace
 
 from beavervision.errors import DeviceError
-from beavervision.media import F32, Picture
-from beavervision.stages.encode import AAC_OPTIONS, video_frame
+from beavervision.media import F32, Color, Matrix, Picture
+from beavervision.stages.encode import AAC_OPTIONS, tag, video_frame
 
 VIDEO_HZ = 90_000
 AUDIO_HZ = 48_000
@@ -30,6 +31,7 @@ AAC_SAMPLES = 1024
 _BIT_RATE = 2_500_000  # at most; a talking head of 512 px takes a fifth of it
 _OPUS_BIT_RATE = 64_000
 _AAC_BIT_RATE = 96_000
+_SCALER_CODES = {Matrix.BT709: Colorspace.ITU709, Matrix.BT601: Colorspace.ITU601, Matrix.BT2020: 9}
 
 
 class Kind(StrEnum):
@@ -56,14 +58,16 @@ class Encoder:
 
     Args:
         rate: pictures a second.
+        color: what the stream says of its colours. Pictures of another matrix or range are converted to it.
 
     Raises:
         DeviceError: no H.264 encoder can be opened.
     """
 
-    def __init__(self, width_px: int, height_px: int, rate: Fraction) -> None:
+    def __init__(self, width_px: int, height_px: int, rate: Fraction, color: Color) -> None:
         self.rate = rate
-        self._video = _video(video_codec(), width_px, height_px, rate)
+        self._color = color
+        self._video = _video(video_codec(), width_px, height_px, rate, color)
         self._sound: dict[Kind, _Sound] = {Kind.OPUS: _Sound(Kind.OPUS)}
 
     @property
@@ -72,7 +76,7 @@ class Encoder:
 
     def picture(self, picture: Picture, index: int, at_s: float, *, keyframe: bool) -> list[Coded]:
         """Picture number `index`; `keyframe` makes it one that a viewer can begin with."""
-        frame = video_frame(picture)
+        frame = recolored(video_frame(picture), picture.color, self._color)
         frame.pts, frame.time_base = index, 1 / self.rate
         frame.pict_type = PictureType.I if keyframe else PictureType.NONE
         ticks = VIDEO_HZ / self.rate
@@ -136,14 +140,33 @@ def video_codec() -> str:
     """
     for name in ("h264_nvenc", "libx264"):
         try:
-            _video(name, 256, 256, Fraction(25)).open()
+            _video(name, 256, 256, Fraction(25), Color()).open()
         except (av.FFmpegError, ValueError):
             continue
         return name
     raise DeviceError("No H.264 encoder can be opened here. Install the av package from its published wheel.")
 
 
-def _video(name: str, width_px: int, height_px: int, rate: Fraction) -> VideoCodecContext:
+def recolored(
+    frame: av.VideoFrame, color: Color, wanted: Color, width_px: int | None = None, height_px: int | None = None
+) -> av.VideoFrame:
+    """`frame`, whose planes are as `color` says, as 8-bit 4:2:0 with the matrix and the range of `wanted`, and at that size.
+
+    The frame itself if it is so already.
+    """
+    return frame.reformat(
+        width_px,
+        height_px,
+        "yuv420p",
+        src_colorspace=_SCALER_CODES[color.matrix],
+        dst_colorspace=_SCALER_CODES[wanted.matrix],
+        src_color_range=ColorRange.JPEG if color.full_range else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG if wanted.full_range else ColorRange.MPEG,
+        threads=1,
+    )
+
+
+def _video(name: str, width_px: int, height_px: int, rate: Fraction, color: Color) -> VideoCodecContext:
     context = av.CodecContext.create(name, "w")
     assert isinstance(context, VideoCodecContext)
     context.width, context.height, context.pix_fmt = width_px, height_px, "yuv420p"
@@ -151,6 +174,7 @@ def _video(name: str, width_px: int, height_px: int, rate: Fraction) -> VideoCod
     context.gop_size = max(1, round(rate))
     context.max_b_frames = 0
     context.thread_count = 1
+    tag(context, color)
     limits = {"maxrate": str(_BIT_RATE), "bufsize": str(_BIT_RATE // 2), "forced-idr": "1"}
     if name == "libx264":
         context.options = limits | {"preset": "ultrafast", "tune": "zerolatency", "crf": "23", "profile": "baseline"}

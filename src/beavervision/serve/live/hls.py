@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from math import ceil
 
 from beavervision.serve.live.encoder import AUDIO_HZ, VIDEO_HZ, Coded, Kind
 from beavervision.serve.live.fanout import Ended, Fanout
 from beavervision.serve.live.fmp4 import Track, fragment, sound_track, video_track
 
 SEGMENT_S = 1.0
-_LISTED = 6
-_KEPT = 12  # segments, for players that are behind the playlist
+_TARGET_S = 2  # which no segment's length, rounded, is above
+_LONGEST_S = 2.3  # after which a picture is in no segment that began before
+_LISTED = 8  # segments: three times _TARGET_S at least
+_KEPT = 2 * _LISTED + 2  # for players that are behind the playlist
 _READY_S = 10.0  # to wait for the first segments
 _NAMES = {Kind.VIDEO: "video", Kind.AAC: "sound"}
+_HZ = {Kind.VIDEO: VIDEO_HZ, Kind.AAC: AUDIO_HZ}
 
 
 class Hls:
@@ -22,9 +24,10 @@ class Hls:
 
     def __init__(self, fanout: Fanout, size_px: tuple[int, int]) -> None:
         self._size_px = size_px
+        self._fanout = fanout
         self._view = fanout.view(Kind.VIDEO, Kind.AAC)
         self._tracks: dict[Kind, Track] = {Kind.AAC: sound_track()}
-        self._cut = {kind: _Segments(_NAMES[kind], hz) for kind, hz in ((Kind.VIDEO, VIDEO_HZ), (Kind.AAC, AUDIO_HZ))}
+        self._cut = {kind: _Segments(_NAMES[kind], hz) for kind, hz in _HZ.items()}
         self._ready = asyncio.Event()
         self._task = asyncio.ensure_future(self._run())
         self.asked_s = asyncio.get_running_loop().time()
@@ -59,6 +62,9 @@ class Hls:
                 if packet.kind is Kind.VIDEO and Kind.VIDEO not in self._tracks:
                     self._tracks[Kind.VIDEO] = video_track(packet.data, *self._size_px)
                 self._cut[packet.kind].add(packet)
+                # Key pictures are so many pictures apart: where some are dropped that is too long.
+                if self._cut[Kind.VIDEO].is_late(packet.pts / _HZ[packet.kind]):
+                    self._fanout.ask_for_key()
                 if all(len(segments.kept) >= 2 for segments in self._cut.values()):
                     self._ready.set()
         except Ended:
@@ -97,14 +103,20 @@ class _Segments:
         self._next: int | None = None
         self._segments = self._fragments = 0
 
+    def is_late(self, time_s: float) -> bool:
+        """Whether the next segment should have begun by `time_s`, and did not."""
+        return self._open is not None and time_s > self._open.start / self._hz + 1.1 * SEGMENT_S
+
     def add(self, packet: Coded) -> None:
-        gap = self._next is not None and packet.pts - self._next > self._hz // 2
-        if self._open is None or (
-            packet.keyframe and (gap or packet.pts - self._open.start >= (SEGMENT_S - 0.05) * self._hz)
-        ):
+        age = 0 if self._open is None else packet.pts - self._open.start
+        too_long = age > _LONGEST_S * self._hz
+        gap = too_long or (self._next is not None and packet.pts - self._next > self._hz // 2)
+        if self._open is None or (packet.keyframe and (gap or age >= (SEGMENT_S - 0.05) * self._hz)):
             self._finish(packet.pts if not gap else self._next or packet.pts)
             self._open = _Segment(self._segments, packet, gap)
             self._segments += 1
+        elif too_long:
+            return
         self._fragments += 1
         self._parts.append(fragment(packet, self._fragments))
         self._next = packet.pts + packet.duration
@@ -121,11 +133,10 @@ class _Segments:
 
     def playlist(self, suffix: str) -> str:
         listed = list(self.kept.items())[-_LISTED:]
-        longest = ceil(max(segment.seconds for _, segment in listed))
         lines = [
             "#EXTM3U",
             "#EXT-X-VERSION:7",
-            f"#EXT-X-TARGETDURATION:{longest}",
+            f"#EXT-X-TARGETDURATION:{_TARGET_S}",
             f"#EXT-X-MEDIA-SEQUENCE:{listed[0][1].number}",
             f'#EXT-X-MAP:URI="{self._name}.mp4{suffix}"',
         ]

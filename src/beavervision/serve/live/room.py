@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
 from beavervision import metrics
-from beavervision.errors import BeaverVisionError, BusyError, UsageError
+from beavervision.errors import BeaverVisionError, UsageError
 from beavervision.live import Event, LiveSession, Moment
 from beavervision.media import Color, Matrix, Picture
-from beavervision.serve.live.encoder import Coded, Encoder, Kind
+from beavervision.serve.live.encoder import Coded, Encoder, Kind, recolored
 from beavervision.serve.live.fanout import Ended, Fanout
 from beavervision.serve.live.hls import Hls
 from beavervision.serve.live.push import Push
@@ -33,6 +33,12 @@ _HLS_IDLE_S = 20.0  # after the last request for a playlist or segment
 _MEASURED = 3000  # pictures: two minutes
 _PEERS, _PUSHES = 32, 4
 _EVENTS = 64
+_CAMERA = Color()  # of a camera's pictures, whatever it sends
+_MATRICES = {
+    1: Matrix.BT709,
+    9: Matrix.BT2020,
+    10: Matrix.BT2020,
+}  # by FFmpeg's codes; cameras that tell none mean BT.601
 _LOG = logging.getLogger("beavervision.serve")
 
 
@@ -153,7 +159,7 @@ class Room:
     def _encode(self, moment: Moment, now_s: float, key: bool, aac: bool) -> list[Coded]:
         picture = moment.picture
         if self._encoder is None:
-            self._encoder = Encoder(picture.width_px, picture.height_px, self.session.rate)
+            self._encoder = Encoder(picture.width_px, picture.height_px, self.session.rate, picture.color)
             self.codec = self._encoder.codec
         packets = self._encoder.picture(picture, moment.index, now_s, keyframe=key) if moment.fresh or key else []
         return packets + self._encoder.sound(moment.audio.pcm[0], moment.audio.start, now_s, aac=aac)
@@ -170,7 +176,7 @@ class Room:
 
     async def bring(self, offer: str, *, loopback: bool) -> tuple[str, str]:
         """A WHIP source of camera, microphone or both: the peer's name and the answer. Raises Problem."""
-        return await self._join(offer, lambda peer: take(peer, self._camera, self._microphone), loopback)
+        return await self._join(offer, lambda peer: take(peer, self._camera, self.session.stream), loopback)
 
     async def _join(self, offer: str, prepare: Callable[[Peer], None], loopback: bool) -> tuple[str, str]:
         if len(self.peers) >= _PEERS:
@@ -203,10 +209,6 @@ class Room:
         picture = await self._loop.run_in_executor(None, as_picture, frame, self.session.size_px)
         with suppress(UsageError):  # the session was closed meanwhile
             self.session.push_picture(picture)
-
-    def _microphone(self, pcm16: bytes) -> None:
-        with suppress(BusyError, UsageError):  # more waits than is held, or the session was closed meanwhile
-            self.session.push_audio(pcm16, 48_000)
 
     async def hls(self, name: str, query: str) -> tuple[bytes, str]:
         """A file of the HLS delivery, which begins with the first that is asked for. Raises Problem."""
@@ -301,15 +303,17 @@ def ended() -> Problem:
 
 
 def as_picture(frame: av.VideoFrame, size_px: tuple[int, int]) -> Picture:
-    """A camera's frame at the size of the session's pictures; what is too wide or too high is cut off."""
+    """A camera's frame at the size of the session's pictures, whose colours are all alike; what is too wide or too high is
+    cut off."""
     width, height = size_px
     scale = max(width / frame.width, height / frame.height)
     wide, high = max(round(frame.width * scale / 2) * 2, width), max(round(frame.height * scale / 2) * 2, height)
-    matrix = Matrix.BT709 if frame.colorspace == Colorspace.ITU709 else Matrix.BT601
-    frame = frame.reformat(wide, high, "yuv420p", dst_color_range=ColorRange.MPEG)
+    full_range = frame.format.name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
+    color = Color(_MATRICES.get(frame.colorspace, Matrix.BT601), full_range)
+    frame = recolored(frame, color, _CAMERA, wide, high)
     x, y = (wide - width) // 4 * 2, (high - height) // 4 * 2
     planes = []
     for plane, part in zip(frame.planes, (1, 2, 2), strict=True):
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
         planes.append(rows[y // part : (y + height) // part, x // part : (x + width) // part].copy())
-    return Picture(planes[0], planes[1], planes[2], Color(matrix))
+    return Picture(planes[0], planes[1], planes[2], _CAMERA)

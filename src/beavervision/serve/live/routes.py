@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from beavervision.errors import BeaverVisionError, BusyError
-from beavervision.live import LiveSession
+from beavervision.live import LiveSession, SoundStream
 from beavervision.serve.access import is_loopback
 from beavervision.serve.live.check import check
 from beavervision.serve.live.encoder import Kind
@@ -92,6 +92,8 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
                 503, "draining", "The service is being stopped. Try again in a moment.", headers={"Retry-After": "10"}
             )
         async with _asked_for(request, service, intake) as (wanted, upload):
+            if wanted.model is not None:
+                await run_in_threadpool(service.check_model, wanted.model)
             source, choice = upload, None
             if upload is None and wanted.avatar is not None:
                 source, choice = await run_in_threadpool(service.avatars.source, wanted.avatar, who)
@@ -158,9 +160,7 @@ def _add_sessions(app: FastAPI, service: Service, rooms: Rooms, intake: Intake) 
 
 
 def _say(session: LiveSession, said: SayIn) -> int:
-    if said.interrupt:
-        session.interrupt()
-    return session.say(said.text)
+    return session.say(said.text, interrupt=said.interrupt)
 
 
 def _busy_told(work: Callable[..., int], *arguments: Any) -> int:
@@ -425,6 +425,7 @@ async def _listened(socket: WebSocket, room: Room) -> None:
     if not (rate.isdecimal() and len(rate) < 7 and _RATES_HZ[0] <= int(rate) <= _RATES_HZ[1]):
         await _hang_up(socket, _BAD, "rate is the samples a second, from 8000 to 96000.")
         return
+    sound = room.session.stream(int(rate))
     telling = asyncio.ensure_future(_told(socket, room))
     try:
         while True:
@@ -434,18 +435,16 @@ async def _listened(socket: WebSocket, room: Room) -> None:
             room.used()
             if (pcm := message.get("bytes")) is not None:
                 if pcm:
-                    room.session.push_audio(pcm, int(rate))
+                    sound.push(pcm)
             else:
-                _command(room.session, message.get("text") or "")
+                _command(room.session, sound, message.get("text") or "")
     except BusyError as error:
         await _hang_up(socket, _FULL, str(error))
     except (ValueError, BeaverVisionError) as error:
         await _hang_up(socket, _BAD, str(error))
     finally:
         telling.cancel()
-        # What was begun is said to its end: the sound of a connection that breaks is complete as far as it came.
-        with suppress(BeaverVisionError):
-            room.session.end_audio()
+        sound.end()  # what was begun is said to its end: the sound of a connection that breaks is complete as far as it came
 
 
 async def _told(socket: WebSocket, room: Room) -> None:
@@ -458,7 +457,7 @@ async def _told(socket: WebSocket, room: Room) -> None:
             await _hang_up(socket, _OVER, ended().detail)
 
 
-def _command(session: LiveSession, text: str) -> None:
+def _command(session: LiveSession, sound: SoundStream, text: str) -> None:
     """Raises ValueError for what is no command."""
     try:
         kind = json.loads(text)["type"]
@@ -466,9 +465,9 @@ def _command(session: LiveSession, text: str) -> None:
         raise ValueError(
             'Send sound as binary messages, or {"type": "end"} or {"type": "interrupt"} as text.'
         ) from error
-    if kind == "end":
-        session.end_audio()
-    elif kind == "interrupt":
+    if kind == "interrupt":
         session.interrupt()
+    if kind in ("end", "interrupt"):
+        sound.end()
     else:
         raise ValueError('There are the commands {"type": "end"} and {"type": "interrupt"}.')

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
 
 from beavervision.serve.schema import Name, Strict, VoiceSettings
 
 Expression = Annotated[str, Field(max_length=1000)]
+_RTMP = re.compile(r"rtmps?://[^\s/?#@]+/\S+")
 
 
 class SessionSettings(VoiceSettings):
@@ -52,10 +56,22 @@ class ExpressionIn(Strict):
     expression: Expression = Field(examples=["happy:0.6"])
 
 
+def _rtmp(url: str) -> str:
+    """Refuses what is no address to push to."""
+    try:
+        parts = urlsplit(url)
+        good = bool(_RTMP.fullmatch(url) and parts.hostname) and parts.port != 0
+    except ValueError:  # a bad host in brackets, or a port that is none
+        good = False
+    if not good:
+        raise PydanticCustomError("rtmp", "send an address as rtmp://HOST/APP/KEY, or rtmps://HOST:PORT/APP/KEY")
+    return url
+
+
 class PushIn(Strict):
-    url: str = Field(
-        pattern=r"^rtmps?://[^\s/?#@]+/\S+$",
+    url: Annotated[str, AfterValidator(_rtmp)] = Field(
         max_length=1000,
+        json_schema_extra={"pattern": f"^{_RTMP.pattern}$"},
         description="Where to, with the stream's key.",
         examples=["rtmp://live.example.org/app/key"],
     )

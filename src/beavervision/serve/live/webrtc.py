@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,8 @@ from aiortc.exceptions import InternalError, InvalidAccessError, InvalidStateErr
 from aiortc.mediastreams import MediaStreamError
 from aiortc.sdp import candidate_from_sdp
 
+from beavervision.errors import BusyError, UsageError
+from beavervision.live import SoundStream
 from beavervision.serve.live.encoder import AUDIO_HZ, VIDEO_HZ, Kind
 from beavervision.serve.live.fanout import Ended, Fanout, View
 from beavervision.serve.problems import Problem
@@ -307,12 +310,14 @@ class _Sent(MediaStreamTrack):
 # In ----------------------------------------------------------------------------------------------
 
 
-def take(peer: Peer, on_picture: Callable[[av.VideoFrame], Awaitable[None]], on_sound: Callable[[bytes], None]) -> None:
-    """Hand on what comes: pictures (the newest, while the last is still worked on), and sound as PCM16, mono, 48 kHz.
-    Before the answer."""
+def take(
+    peer: Peer, on_picture: Callable[[av.VideoFrame], Awaitable[None]], stream: Callable[[int], SoundStream]
+) -> None:
+    """Hand on what comes: pictures (the newest, while the last is still worked on), and each track of sound to a stream of its
+    own, which `stream` makes for a rate in Hz. Before the answer."""
 
     def begun(track: MediaStreamTrack) -> None:
-        peer.keep(_pictures(track, on_picture) if track.kind == "video" else _sound(track, on_sound))
+        peer.keep(_pictures(track, on_picture) if track.kind == "video" else _sound(track, stream(AUDIO_HZ)))
 
     peer.pc.on("track", begun)
 
@@ -341,13 +346,16 @@ async def _pictures(track: MediaStreamTrack, on_picture: Callable[[av.VideoFrame
         receiving.cancel()
 
 
-async def _sound(track: MediaStreamTrack, on_sound: Callable[[bytes], None]) -> None:
+async def _sound(track: MediaStreamTrack, stream: SoundStream) -> None:
     resample = av.AudioResampler("s16", "mono", AUDIO_HZ)
     try:
         while True:
             frame = await track.recv()
             assert isinstance(frame, av.AudioFrame)
             for part in resample.resample(frame):
-                on_sound(part.to_ndarray().tobytes())
+                with suppress(BusyError, UsageError):  # more waits than is held, or the session was closed meanwhile
+                    stream.push(part.to_ndarray().tobytes())
     except MediaStreamError:
         return
+    finally:
+        stream.end()
