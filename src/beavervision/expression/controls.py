@@ -38,7 +38,7 @@ _TOGETHER = {
     "lookRight": {"eyeLookInLeft": 1.0, "eyeLookOutRight": 1.0},
 }
 # Degrees at 1.
-_HEAD = {"headYaw": (YAW, 12.0), "headPitch": (PITCH, 10.0), "headRoll": (ROLL, 10.0)}
+_HEAD = {"headYaw": (YAW, 12.0), "headPitch": (PITCH, 10.0), "headRoll": (ROLL, 6.0)}
 
 # What each preset means at an intensity of 1, after the prototypes of Ekman and Friesen (Facial Action Coding System, 1978),
 # weaker about the lips: these speak.
