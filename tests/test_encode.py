@@ -302,3 +302,24 @@ def test_no_drift_over_ten_minutes(tmp_path: Path, rate: Fraction, rate_hz: int,
     drift = drift_pictures(tmp_path, rate, rate_hz, 600, 10, variable)
     print(f"{float(rate):.3f} fps{', variable' * variable}, {rate_hz} Hz: {drift:.4f} pictures")
     assert drift < 0.5
+
+
+def test_a_link_is_written_through_and_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, odd = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    link.symlink_to(tmp_path / "there" / "real")  # the link's name says the format
+    write(link, some_clips())
+    assert link.is_symlink()
+    assert numbers(Decode(extend="none")(link)) == list(range(40))
+    assert folder(tmp_path / "there") == ["real"]
+    os.mkfifo(odd)
+    with pytest.raises(OutputError, match=r"b.mp4 is a device or a pipe. Name a file\."):
+        write(odd, some_clips())
+    assert odd.is_fifo()
+    assert folder(tmp_path) == ["a.mp4", "b.mp4", "there"]
+
+
+def test_a_long_name_of_wide_letters_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("嘴" * 83 + ".mp4")
+    write(path, some_clips())
+    assert folder(tmp_path) == [path.name]

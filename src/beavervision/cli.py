@@ -35,7 +35,7 @@ from beavervision.errors import (
     TextError,
     UsageError,
 )
-from beavervision.files import partial, unreadable, unwritable, write_json
+from beavervision.files import check_place, unreadable, write_json
 from beavervision.settings import Settings
 
 if TYPE_CHECKING:
@@ -201,8 +201,7 @@ def lipsync(
             + (f", not {' and '.join(given)}." if given else ".")
         )
     _check_apart([source, text_file, audio, phones, subtitles, expression_track, style], [out, report, sheet])
-    for path in (report, sheet):
-        _check_place(path)
+    _check_places(report, sheet)
     settings = Settings.load()
     settings = replace(settings, preset=preset or settings.preset, crf=settings.crf if crf is None else crf)
     if text_file is not None:
@@ -260,8 +259,7 @@ def say(
     if out.suffix.lower() != ".wav":
         raise UsageError(f"{out}: speech is written as WAV; name it with .wav.")
     _check_apart([], [out, phones])
-    for path in (out, phones):
-        _check_place(path)
+    _check_places(out, phones)
     if text == "-":
         text = _read_text(Path("-"))
 
@@ -459,7 +457,7 @@ def style_learn(
 ) -> None:
     """Learn a speaker's manner: how far the mouth moves, the face at rest, brows, blinks and head."""
     _check_apart([clip], [out])
-    _check_place(out)
+    _check_places(out)
     from beavervision.pipeline import learn_style
 
     made = learn_style(clip)
@@ -547,8 +545,7 @@ def demo(
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another folder with --out.") from error
     video, sheet, report = (folder / f"demo.{suffix}" for suffix in ("mp4", "png", "json"))
-    for path in (sheet, report):
-        _check_place(path)
+    _check_places(sheet, report)
 
     from beavervision.evaluate.samples import SENTENCE, portrait
     from beavervision.pipeline import Pipeline
@@ -975,7 +972,7 @@ def _check_plot(path: Path | None) -> None:
     """Raises UsageError or OutputError where no plot can be written; found out before any work."""
     if path is not None and path.suffix.lower() != ".png":
         raise UsageError(f"{path}: a plot is a picture; name it with .png.")
-    _check_place(path)
+    _check_places(path)
 
 
 def _plot(panels: Sequence[Panel], path: Path | None) -> None:
@@ -1025,18 +1022,11 @@ def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) 
             raise UsageError(f"{path} is named as two outputs. Give each a name of its own.")
 
 
-def _check_place(path: Path | None) -> None:
-    """Raises OutputError where a file cannot be made at `path`; found out before any work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Name a file in it.")
-    trial = partial(path)
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise unwritable(path, error) from error
+def _check_places(*paths: Path | None) -> None:
+    """Raises OutputError where a file cannot be made at one of them; found out before any work."""
+    for path in paths:
+        if path is not None:
+            check_place(path)
 
 
 class _Pace:

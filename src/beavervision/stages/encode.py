@@ -23,7 +23,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from beavervision.errors import OutputError, UsageError
-from beavervision.files import partial
+from beavervision.files import partial, place_of
 from beavervision.media import Audio, Clip, Color, Matrix, Picture, Stage
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -63,17 +63,16 @@ def check_output(path: Path | str) -> None:
 
     Raises:
         UsageError: the suffix names no format that can be written; the message lists those that can.
-        OutputError: the folder is missing or not writable, or `path` is a folder.
+        OutputError: the folder is missing or not writable, or `path` is a folder, a device or a pipe.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: cannot write {path.suffix or 'a file without suffix'}. Use {', '.join(FORMATS)}.")
-    trial = partial(path)
     with _translated(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder. Name a file in it.")
-        if not path.parent.is_dir():
-            raise OutputError(f"The folder {path.parent} does not exist. Create it, or write elsewhere.")
+        place = place_of(path)
+        if not place.parent.is_dir():
+            raise OutputError(f"The folder {place.parent} does not exist. Create it, or write elsewhere.")
+        trial = partial(place)
         try:
             trial.touch(exist_ok=False)
         finally:
@@ -99,7 +98,7 @@ class Encode:
         self._threads = threads
 
     def to(self, path: Path | str) -> Stage:
-        """The stage that writes to `path`, replacing a file there once all clips have passed.
+        """The stage that writes to `path`, replacing a file there once all clips have passed; a symbolic link is followed.
 
         The stage yields each clip after writing it. The file comes to be when the stage has been read to its end; if
         that does not happen, because of an error, an interrupt or a reader that stops, nothing is left and an older
@@ -113,7 +112,9 @@ class Encode:
 
     def _write(self, clips: Iterator[Clip], path: Path) -> Iterator[Clip]:
         check_output(path)
-        part = partial(path)
+        with _translated(path):
+            place = place_of(path)
+        part = partial(place)
         writer: _Writer | None = None
         try:
             for clip in clips:
@@ -127,7 +128,7 @@ class Encode:
             with _translated(path):
                 writer.finish()
                 _flush_to_disk(part)
-                part.replace(path)
+                part.replace(place)
         finally:
             part.unlink(missing_ok=True)  # first, so that closing does not rearrange a file nobody wants
             if writer is not None:
