@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -520,6 +522,14 @@ def test_sound_that_no_one_hears_is_refused(tmp_path: Path, rate_hz: int, channe
     )  # fmt: skip
     with pytest.raises(MediaError, match=f"its sound has {channels} channels of {rate_hz} Hz"):
         audio_info(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("look", [probe, audio_info, read_audio, decode.length, Decode()])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, look: Callable[[Path], object]) -> None:
+    path = tmp_path / "a.mp4"
+    os.mkfifo(path)
+    with pytest.raises(MediaError, match=r"a.mp4 is a device or a pipe\. Write what comes from it to a file first"):
+        look(path)
 
 
 def test_a_file_says_how_long_it_is(tmp_path: Path) -> None:

@@ -330,6 +330,8 @@ def _check_file(path: Path) -> None:
             raise MediaError(f"{path} is a folder. Name a video or picture file in it.")
         if not path.exists():
             raise MediaError(f"{path} does not exist. Check the name and the folder.")
+        if not path.is_file():  # media is read more than once, and from its end
+            raise MediaError(f"{path} is a device or a pipe. Write what comes from it to a file first, and give that.")
         with path.open("rb") as file:
             head = file.read(12)
     except OSError as error:
