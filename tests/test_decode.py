@@ -685,6 +685,51 @@ def test_phones_go_along_with_the_sound_in_which_they_begin(target: int) -> None
             assert begin >= block.start or target == 48000  # the resampler holds the last samples back
 
 
+@pytest.mark.parametrize(
+    ("layout", "left"),
+    [  # how much of each channel goes left, against that of the left one
+        ("2.1", [1, 0, 0]),
+        ("3.0", [1, 0, 0.707]),
+        ("3 channels", [1, 1, 1]),
+        ("quad", [1, 0, 0.707, 0]),
+        ("4.0", [1, 0, 0.707, 0.5]),
+        ("4.1", [1, 0, 0.707, 0, 0.5]),
+        ("6 channels", [1, 0, 0.707, 0, 0.707, 0]),
+        ("7.1", [1, 0, 0.707, 0, 0.707, 0, 0.707, 0]),
+    ],
+)
+def test_more_channels_are_mixed_to_stereo_by_their_places(tmp_path: Path, layout: str, left: list[float]) -> None:
+    count, path = len(left), tmp_path / "a.wav"
+    pcm = np.zeros((count, 1000 * count), np.float32)
+    for channel in range(count):
+        pcm[channel, 1000 * channel : 1000 * channel + 1000] = 0.5  # one after another
+    make_sound(path, pcm, 48000, "pcm_f32le", layout=layout)
+    assert audio_info(path).layout == {"6 channels": "5.1"}.get(layout, layout)
+    assert np.array_equal(sound(path), pcm)
+    got = np.concatenate([b.pcm for b in read_audio(path, stereo=True)], axis=1)
+    assert got.shape == (2, pcm.shape[1])
+    heard = got[0].reshape(count, 1000)
+    assert np.ptp(heard, axis=1).max() < 1e-6
+    assert heard[:, 0] / heard[0, 0] == pytest.approx(left, abs=0.001)
+    assert heard[:, 0].sum() <= 0.5 + 1e-6, "never beyond full scale"
+    assert sound(path, 16_000).shape[0] == count
+
+
+def test_eight_channels_in_planes_are_read(tmp_path: Path) -> None:
+    pcm = beeps(48_000, 48_000, [Fraction(1, 4)], 8) * np.arange(1, 9, dtype=np.float32)[:, None] / 8
+    got = sound(make_sound(tmp_path / "a.m4a", pcm, 48_000, "aac", layout="7.1"))
+    assert got.shape[0] == 8
+    loud = np.abs(got).max(axis=1)
+    loud[3] = 0.4  # AAC takes the high sounds from the low-frequency channel
+    assert loud == pytest.approx(0.8 * np.arange(1, 9) / 8, abs=0.12)
+
+
+def test_one_and_two_channels_stay_as_they_are(tmp_path: Path) -> None:
+    for channels in (1, 2):
+        path = make_sound(tmp_path / "a.wav", beeps(4800, 48000, [Fraction(0)], channels), 48000)
+        assert np.array_equal(sound(path), np.concatenate([b.pcm for b in read_audio(path, stereo=True)], axis=1))
+
+
 def test_mixing() -> None:
     pcm = np.zeros((6, 100), np.float32)
     pcm[2] = 0.5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from av import AudioLayout
 from PIL import Image
 
 from beavervision import Pipeline
@@ -23,6 +24,7 @@ from beavervision.settings import Settings
 from beavervision.speech import speak, write_wav
 from beavervision.stages.decode import Decode, probe, read_audio
 from tests.faces import empty, make_video, moved, portrait, portrait_rgb
+from tests.media_factory import make_sound
 
 TEXT = "Papa moved away."
 
@@ -142,6 +144,25 @@ def test_the_sources_own_sound_can_stay_below(speech: Path, tmp_path: Path) -> N
         )
 
     assert level(loud) > 5 * level(quiet)
+
+
+@pytest.mark.parametrize(
+    ("layout", "keep_audio", "suffix", "channels"),
+    [("quad", 0, "webm", 2), ("2.1", 0, "mp4", 2), ("7.1", 0, "mp4", 2), ("5.1", 0, "mp4", 6), ("5.1", 0.5, "mp4", 2)],
+)
+def test_sound_of_many_channels_is_mixed_where_it_must_be(
+    speech: Path, tmp_path: Path, layout: str, keep_audio: float, suffix: str, channels: int
+) -> None:
+    pcm = np.concatenate([a.pcm for a in read_audio(speech)], axis=1)[:, :24000]
+    given = AudioLayout(layout).nb_channels
+    many = make_sound(tmp_path / "many.wav", pcm.repeat(given, axis=0), 24000, layout=layout)
+    source, out = tmp_path / "in.mp4", tmp_path / f"out.{suffix}"
+    make_video(source, [moved()] * 10, rate=Fraction(25), sound=Audio(pcm[:, :9600], 24000))
+    report = pipeline().lipsync(source, out, audio=many, keep_audio=keep_audio, fit="trim")
+    assert [stream.channels for stream in probe(out).audio] == [channels]
+    told = [note for note in report.notes if f"has {given} channels; it is mixed to stereo" in note]
+    assert len(told) == (channels == 2)
+    assert report.speech["channels"] == given
 
 
 def test_subtitles_speak_at_their_times(still: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from beavervision.settings import Settings
 from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt, phones_of, read_phones
 from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, probe, read_audio, resample
 from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
-from beavervision.stages.encode import Encode
+from beavervision.stages.encode import LAYOUTS, Encode
 from beavervision.stages.express import Express
 from beavervision.stages.hear import COMING_MS, LOG_MEL_DENSE, Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
@@ -241,7 +241,9 @@ class Pipeline:
         notes += info.notes
         script = self._script(expression, expression_track)
         manner = style if style is None else _style(style)
-        words = self._words(text, audio, phones, subtitles, voice, language, speed, pitch, seed, script, notes.append)
+        words = self._words(
+            text, audio, phones, subtitles, voice, language, speed, pitch, seed, keep_audio > 0, script, notes.append
+        )
         sound = _begun(words.blocks())
         alive = info.kind == "still" if alive is None else alive
         expresses = alive or manner is not None or script.anything
@@ -512,9 +514,11 @@ class Pipeline:
         speed: float,
         pitch: float,
         seed: int,
+        mixed: bool,
         script: Script,
         note: Callable[[str], None],
     ) -> _Words:
+        """What is said, by one of text, audio and subtitles; `mixed` says that other sound will be mixed in."""
         given = [
             name for name, value in (("text", text), ("audio", audio), ("subtitles", subtitles)) if value is not None
         ]
@@ -527,7 +531,7 @@ class Pipeline:
             raise UsageError("phones are those of recorded speech: give audio with them. A text's are known.")
         if audio is not None:
             known = read_phones(Path(phones)) if isinstance(phones, (str, Path)) else phones_of(phones or ())
-            return _Recorded(Path(audio), known)
+            return _Recorded(Path(audio), known, note, mixed=mixed)
         chosen = self.speaker.voice(*self.settings.voice_for(voice, language))
         how: dict[str, Any] = {"voice": chosen.name, "speed": speed, "pitch": pitch, "seed": seed}
         facts = {"voice": chosen.name, "language": chosen.language, "engine": chosen.engine, "licence": chosen.licence}
@@ -781,18 +785,25 @@ class _Words:
 
 
 class _Recorded(_Words):
-    def __init__(self, path: Path, phones: tuple[Phone, ...]) -> None:
+    def __init__(
+        self, path: Path, phones: tuple[Phone, ...], note: Callable[[str], None], *, mixed: bool = False
+    ) -> None:
+        """`mixed` says that other sound will be mixed in, which can be done with one or two channels."""
         super().__init__()
         self._path = path
         self._phones = phones
-        stream = audio_info(path)
-        self.rate_hz, self.channels = stream.rate_hz, stream.channels
+        self._stream = stream = audio_info(path)
+        self._stereo = stream.channels > 2 and (mixed or stream.layout not in LAYOUTS)
+        self.rate_hz, self.channels = stream.rate_hz, 2 if self._stereo else stream.channels
+        if self._stereo:
+            why = "to go with the source's own" if stream.layout in LAYOUTS else "for few players know such sound"
+            note(f"The sound has {stream.channels} channels; it is mixed to stereo, {why}.")
         if stream.duration is not None:
             self._samples = int(stream.duration * stream.rate_hz)
 
     def blocks(self) -> Iterator[Audio]:
         samples = told = 0
-        for block in read_audio(self._path):
+        for block in read_audio(self._path, stereo=self._stereo):
             samples += block.samples
             ends_ms = samples * 1000 / block.rate_hz
             first = told
@@ -808,7 +819,7 @@ class _Recorded(_Words):
             "phones": len(self._phones),
             "seconds": seconds,
             "rate_hz": self.rate_hz,
-            "channels": self.channels,
+            "channels": self._stream.channels,
         }
 
 
@@ -893,7 +904,7 @@ def _background(info: SourceInfo, words: _Words, note: Callable[[str], None]) ->
     if not info.has_audio:
         note("The source has no sound of its own to keep.")
         return None
-    return resample(read_audio(info.path), words.rate_hz, words.channels)
+    return resample(read_audio(info.path, stereo=True), words.rate_hz, words.channels)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ FORMATS = {
 # prediction is for fades.
 _SPARED = {"veryfast": "me=dia:partitions=i4x4,i8x8:weightp=0"}
 _MATRIX_CODES = {Matrix.BT709: 1, Matrix.BT601: 6, Matrix.BT2020: 9}
-_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1"}
+# Of so many channels. Three, four, seven and eight have several layouts, and those that AAC and Opus know are not the same.
+_LAYOUTS = {1: "mono", 2: "stereo", 5: "5.0", 6: "5.1"}
+LAYOUTS = frozenset({*_LAYOUTS.values(), "5.0(side)", "5.1(side)"})  # the sound that can be written as it is
 # FFmpeg's usual coder takes two to three times as long, and is no nearer to the sound at such bit rates.
 AAC_OPTIONS = {"aac_coder": "fast"}
 _BITS_PER_CHANNEL = 96_000
