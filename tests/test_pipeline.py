@@ -21,7 +21,7 @@ from beavervision.media import Audio, Clip, Frames, Picture
 from beavervision.models.beaver import Beaver
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
-from beavervision.speech import speak, write_wav
+from beavervision.speech import CueReport, speak, write_wav
 from beavervision.stages.decode import Decode, probe, read_audio
 from tests.faces import empty, make_video, moved, portrait, portrait_rgb
 from tests.media_factory import make_sound
@@ -184,6 +184,21 @@ def test_cues_that_are_too_long_are_sped_up_and_told(still: Path, tmp_path: Path
     assert first["speed"] > 1.2 and first["overrun_ms"] > 0
     (note,) = (note for note in report.notes if "cues" in note)
     assert note.startswith("1 of 2 cues") and "cue 1 by" in note and "Shorten" in note
+
+
+@pytest.mark.parametrize(
+    ("speeds", "told"),
+    [
+        ([1.2, 1.2], "2 of 3 cues end after their time: cue 2 by 0.9 s."),
+        ([1.2, 1.6], "2 of 3 cues end after their time, although 1 of them was sped up: cue 2"),
+        ([1.6, 1.6], "2 of 3 cues end after their time, although they were sped up: cue 2"),
+    ],
+)
+def test_only_cues_that_were_sped_up_are_said_to_be(speeds: list[float], told: str) -> None:
+    cues = [CueReport(i + 1, 0, 0, speed, 500 + 400 * i, True, "") for i, speed in enumerate(speeds)]
+    cues.append(CueReport(3, 0, 0, 1.6, 0, True, ""))
+    words = module._Synthetic("subtitles", iter(()), {}, print, cues=cues, speed=1.2)
+    assert words.notes()[0].startswith(told)
 
 
 def test_a_picture_without_a_face_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

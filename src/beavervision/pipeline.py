@@ -541,7 +541,8 @@ class Pipeline:
             plain, marked = _unmarked(parsed, script, note)
             chunks = self.speaker.speak_cues(plain, on_report=cues.append, **how)
             chunks = marked.follow(chunks, script, language=chosen.language)
-            return _Synthetic("subtitles", chunks, facts, note, until_ms=parsed[-1].end_ms, cues=cues)
+            end_ms = parsed[-1].end_ms
+            return _Synthetic("subtitles", chunks, facts, note, until_ms=end_ms, cues=cues, speed=speed)
         marked = Marked.of(text or "", script.custom)
         if not marked.text.strip():
             raise TextError("The text is empty. Give at least one word.")
@@ -837,8 +838,9 @@ class _Synthetic(_Words):
         characters: int = 0,
         until_ms: int = 0,
         cues: list[CueReport] | None = None,
+        speed: float = 1.0,
     ) -> None:
-        """`characters` (of a text) or `until_ms` (of subtitles) serve the estimate of the length."""
+        """`characters` (of a text) or `until_ms` (of subtitles) serve the estimate of the length; `speed` is what was asked for."""
         super().__init__()
         self._kind = kind
         self._chunks = chunks
@@ -847,6 +849,7 @@ class _Synthetic(_Words):
         self._characters = characters
         self._until_ms = until_ms
         self._cues = cues
+        self._speed = speed
         self._said = (0, 0.0)  # characters, seconds
 
     def blocks(self) -> Iterator[Audio]:
@@ -886,8 +889,11 @@ class _Synthetic(_Words):
         if not long:
             return ()
         worst = max(long, key=lambda cue: cue.overrun_ms)
+        sped_up = sum(cue.speed > self._speed for cue in long)
+        which = "they were" if sped_up == len(long) else f"{sped_up} of them {'was' if sped_up == 1 else 'were'}"
+        although = f", although {which} sped up" if sped_up else ""
         return (
-            f"{len(long)} of {len(cues)} cues end after their time, although they were sped up: cue {worst.index} by "
+            f"{len(long)} of {len(cues)} cues end after their time{although}: cue {worst.index} by "
             f"{worst.overrun_ms / 1000:.1f} s. Shorten their text; the report has all of them.",
         )
 
