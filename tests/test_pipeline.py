@@ -201,6 +201,25 @@ def test_only_cues_that_were_sped_up_are_said_to_be(speeds: list[float], told: s
     assert words.notes()[0].startswith(told)
 
 
+@pytest.mark.parametrize("name", ["source", "audio", "subtitles", "phones", "style", "expression_track"])
+@pytest.mark.parametrize("output", ["out", "sheet"])
+def test_no_input_is_written_over(tmp_path: Path, name: str, output: str) -> None:
+    there = tmp_path / ("in.mp4" if output == "out" else "in.png")
+    there.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(tmp_path)
+    files = {
+        "source": tmp_path / "a.mp4",
+        "out": tmp_path / "b.mp4",
+        name: there,
+        output: tmp_path / "link" / there.name,
+    }
+    with pytest.raises(UsageError, match="over itself"):
+        pipeline().lipsync(**files)
+    assert there.read_bytes() == b"precious"
+    with pytest.raises(UsageError, match="two outputs"):
+        pipeline().lipsync(tmp_path / "a.mp4", str(there), sheet=str(there), text="Hi.")
+
+
 def test_a_picture_without_a_face_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
     make_video(source, [empty(90 + i % 3) for i in range(20)], rate=Fraction(25))

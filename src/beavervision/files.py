@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from beavervision.errors import InputError, OutputError
+from beavervision.errors import InputError, OutputError, UsageError
 
 _PART_BYTES = 60
 
@@ -76,6 +77,22 @@ def place_of(path: Path) -> Path:
         if not stat.S_ISREG(mode):
             raise OutputError(f"{path} is a device or a pipe. Name a file.")
     return path.resolve() if path.is_symlink() else path
+
+
+def check_apart(inputs: Iterable[object], outputs: Iterable[Path | str | None]) -> None:
+    """Find out whether an output would replace an input or another output. What is no name of a file has none.
+
+    Raises:
+        UsageError: it would.
+    """
+    read = {os.path.realpath(path) for path in inputs if isinstance(path, (str, Path))}
+    written: set[str] = set()
+    for path in (os.path.realpath(path) for path in outputs if path is not None):
+        if path in read:
+            raise UsageError(f"{path} would be written over itself. Give the output another name.")
+        if path in written:
+            raise UsageError(f"{path} is named as two outputs. Give each a name of its own.")
+        written.add(path)
 
 
 def check_place(path: Path) -> None:

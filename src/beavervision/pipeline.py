@@ -29,6 +29,7 @@ from beavervision.engine.memory import MemoryBudget
 from beavervision.engine.placement import DevicePlan, StageCost, available_devices, plan, resolve
 from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
+from beavervision.files import check_apart
 from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Phone, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import LAST_ROW_MS
@@ -228,6 +229,7 @@ class Pipeline:
             raise UsageError(f"keep_audio is a level between 0 and 1, not {keep_audio:g}.")
         if restore_area not in get_args(Area):
             raise UsageError(f"restore_area {restore_area!r}: use {' or '.join(get_args(Area))}.")
+        check_apart([source, audio, phones, subtitles, style, expression_track], [out, sheet])
         choice = FaceChoice.parse(face)
         if (boxes or whole_box) and not self._model.boxed:
             raise UsageError(f"boxes and whole_box are for Wav2Lip checkpoints; {self.card.name} draws without them.")
