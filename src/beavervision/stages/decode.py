@@ -94,8 +94,8 @@ class SourceInfo:
     """What a file holds. Sizes are those of the upright, even-sided pictures; `coded_*` is what the file stores.
 
     start is the time stamp, in seconds, of the video's beginning; duration is in seconds; frames is an estimate.
-    rotation_deg is how far the stored pictures are turned clockwise to stand upright, and turn is the whole of it,
-    mirroring included: stored pixel (x, y) is shown at (a x + c y, b x + d y), but for an offset. `constant` says that
+    rotation_deg is how far the stored pictures are turned clockwise to stand upright, before they are mirrored if they are, and
+    turn is the whole of it: stored pixel (x, y) is shown at (a x + c y, b x + d y), but for an offset. `constant` says that
     each source picture becomes one picture at `rate`; `rate_note` says how the rate was chosen.
     """
 
@@ -536,7 +536,7 @@ def _describe(
         start=timing.start,
         duration=duration,
         frames=frames,
-        rotation_deg=-first.rotation % 360,
+        rotation_deg=_rotation_deg(turn),
         turn=turn,
         color=picture.color,
         codec=stream.codec_context.name,
@@ -803,6 +803,13 @@ def _display_matrix(frame: av.VideoFrame) -> Turn:
     if abs(b) > abs(a):
         return (0, 1 if b > 0 else -1, 1 if c > 0 else -1, 0)
     return (1 if a > 0 else -1, 0, 0, 1 if d > 0 else -1)
+
+
+def _rotation_deg(turn: Turn) -> int:
+    """How far clockwise a turn goes, before it mirrors left and right if it does."""
+    a, b, c, d = turn
+    mirrored = a * d - b * c < 0
+    return {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[-a if mirrored else a, b]
 
 
 def _upright(plane: U8, turn: Turn) -> U8:
