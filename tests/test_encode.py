@@ -238,8 +238,10 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ultrafast"):
         Encode(preset="quick")
-    with pytest.raises(UsageError, match="crf"):
+    with pytest.raises(UsageError, match=r"^crf .* not 60"):
         Encode(crf=60)
+    with pytest.raises(UsageError, match=r"^threads .* not 0"):
+        Encode(threads=0)
     mixed = [*some_clips(8), *some_clips(8, size=(64, 64))]
     with pytest.raises(ValueError, match="picture of 64x64"):
         write(tmp_path / "a.mp4", iter(mixed))

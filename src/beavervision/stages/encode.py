@@ -93,8 +93,10 @@ class Encode:
     def __init__(self, preset: str = "veryfast", crf: int = 20, threads: int = 1) -> None:
         if preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}. Known: {', '.join(PRESETS)}.")
-        if not 0 <= crf <= 51 or threads < 1:
-            raise UsageError("crf is 0 (best) to 51, and threads at least 1.")
+        if not 0 <= crf <= 51:
+            raise UsageError(f"crf is a number from 0 (best) to 51 (worst), not {crf}.")
+        if threads < 1:
+            raise UsageError(f"threads must be 1 or more, not {threads}.")
         self._preset = preset
         self._crf = crf
         self._threads = threads
