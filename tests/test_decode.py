@@ -493,6 +493,19 @@ def test_animated_gif_is_a_video(tmp_path: Path) -> None:
     assert [round(float(p.rgb().mean()) / 40) for p in pictures] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("width", [64, 8192])
+def test_stills_of_floats_show_what_they_hold(tmp_path: Path, white: int, width: int) -> None:
+    ramp = np.linspace(0, white, width, dtype=np.float32)[None].repeat(64, axis=0)
+    ramp[0, :3] = np.nan, np.inf, -white
+    if white == 1:
+        ramp[0, 3] = 1.5
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    shown = next(iter(Decode(1)(tmp_path / "a.tif"))).frames.pictures[0].rgb()
+    got = shown[shown.shape[0] // 2 :].mean(axis=(0, 2))
+    assert np.abs(got - np.linspace(0, 255, shown.shape[1])).max() < 3
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "L", "I;16", "CMYK"])
 def test_very_large_stills_are_reduced_in_steps(tmp_path: Path, mode: str) -> None:
     ramp = np.linspace(0, 255, 8192, dtype=np.uint8)[None].repeat(64, axis=0)

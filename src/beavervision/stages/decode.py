@@ -65,6 +65,9 @@ _CONTAINERS = (
 _STILLS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 _MATRICES = {1: Matrix.BT709, 5: Matrix.BT601, 6: Matrix.BT601, 9: Matrix.BT2020, 10: Matrix.BT2020}
 _SAMPLES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+_FRACTION = (
+    4  # floats up to it are fractions of white, which highlights may pass: as levels of 255 they would all be black
+)
 _USUAL_PLACES = {5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # of so many channels
 _PLANES = frozenset({"yuv420p", "yuvj420p"})  # taken as they are
 _FULL_RANGE = 2
@@ -919,12 +922,20 @@ def _reduced(picture: Image.Image) -> Image.Image:
     return picture.reduce(step)
 
 
+def _white(highest: float, *, fractions: bool) -> float:
+    """The level of white in a picture of one deep channel, by the highest that is there: `fractions` may be from 0 to 1."""
+    if fractions and highest <= _FRACTION:
+        return 1
+    return 255 if highest <= 255 else 65535
+
+
 def _plain_rgb(picture: Image.Image) -> Image.Image:
     """8-bit sRGB, what is transparent white."""
     profile = picture.info.get("icc_profile")
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.float32) / (257 if np.asarray(picture).max(initial=0) > 255 else 1)
-        picture, profile = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)), None
+    if picture.mode.startswith(("I", "F")):
+        levels = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
+        levels *= 255 / _white(float(levels.max(initial=0)), fractions=picture.mode == "F")
+        picture, profile = Image.fromarray(np.rint(np.clip(levels, 0, 255)).astype(np.uint8)), None
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
