@@ -85,7 +85,8 @@ class Encode:
     """Writes clips as they pass: H.264 and AAC (mp4, m4v, mov, mkv), or VP9 and Opus (webm), by the path's suffix.
 
     preset and crf are those of x264, but that "veryfast" looks for motion as "superfast" does and has no weighted prediction; VP9
-    runs in its real-time mode with the same share of its own crf scale. threads is for the video encoder.
+    runs in its real-time mode with the same share of its own crf scale. threads is for the video encoder. Sound has one or two
+    channels, five (5.0) or six (5.1).
     """
 
     name = "encode"
