@@ -31,6 +31,8 @@ def cli_page() -> str:
         "# Commands\n",
         "Results go to standard output, progress and errors to standard error. With `--json` a command prints one JSON\n"
         'document and nothing else, for an error `{"error": {"code": ..., "message": ...}}`.\n',
+        "Videos, pictures and sound are read from files, not from pipes or devices. A file that is written appears whole, in\n"
+        "place of one of its name or of the one that a symbolic link leads to, but never of an input, a device or a pipe.\n",
         *_command("beavervision", root),
         "## Exit codes\n",
         "| exit code | error code | meaning |\n|---|---|---|",

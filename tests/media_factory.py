@@ -169,12 +169,15 @@ def _give(container: Any, stream: Any, pcm: F32, rate_hz: int, start: int, given
     return max(upto, given)
 
 
-def make_sound(path: Path, pcm: F32, rate_hz: int, codec: str = "pcm_s16le") -> Path:
-    """Write a sound file; the codec must fit the suffix."""
+def make_sound(path: Path, pcm: F32, rate_hz: int, codec: str = "pcm_s16le", layout: str = "") -> Path:
+    """Write a sound file; the codec must fit the suffix, and the layout (FFmpeg's name; mono or stereo if empty) the channels."""
+    layout = layout or ("mono" if pcm.shape[0] == 1 else "stereo")
     with av.open(f"file:{path}", "w") as container:
         stream = container.add_stream(codec, rate=rate_hz)
-        stream.codec_context.layout = "mono" if pcm.shape[0] == 1 else "stereo"
-        _give(container, stream, pcm, rate_hz, 0, 0, pcm.shape[1])
+        stream.codec_context.layout = layout
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm.T).reshape(1, -1), "flt", layout)
+        frame.rate, frame.pts, frame.time_base = rate_hz, 0, Fraction(1, rate_hz)
+        container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 

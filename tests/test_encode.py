@@ -238,17 +238,20 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ultrafast"):
         Encode(preset="quick")
-    with pytest.raises(UsageError, match="crf"):
+    with pytest.raises(UsageError, match=r"^crf .* not 60"):
         Encode(crf=60)
+    with pytest.raises(UsageError, match=r"^threads .* not 0"):
+        Encode(threads=0)
     mixed = [*some_clips(8), *some_clips(8, size=(64, 64))]
     with pytest.raises(ValueError, match="picture of 64x64"):
         write(tmp_path / "a.mp4", iter(mixed))
     loud = Clip(mixed[0].frames, audio=Audio(np.zeros((1, 100), np.float32), 48000))
     with pytest.raises(ValueError, match="sound in each or in none"):
         write(tmp_path / "a.mp4", iter([loud, mixed[0]]))
-    many = Clip(mixed[0].frames, audio=Audio(np.zeros((9, 100), np.float32), 48000))
-    with pytest.raises(UsageError, match="9 channels"):
-        write(tmp_path / "a.mp4", iter([many]))
+    for channels in (3, 4, 9):
+        many = Clip(mixed[0].frames, audio=Audio(np.zeros((channels, 100), np.float32), 48000))
+        with pytest.raises(UsageError, match=f"{channels} channels"):
+            write(tmp_path / "a.mp4", iter([many]))
     assert folder(tmp_path) == []
 
 
@@ -302,3 +305,24 @@ def test_no_drift_over_ten_minutes(tmp_path: Path, rate: Fraction, rate_hz: int,
     drift = drift_pictures(tmp_path, rate, rate_hz, 600, 10, variable)
     print(f"{float(rate):.3f} fps{', variable' * variable}, {rate_hz} Hz: {drift:.4f} pictures")
     assert drift < 0.5
+
+
+def test_a_link_is_written_through_and_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, odd = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    link.symlink_to(tmp_path / "there" / "real")  # the link's name says the format
+    write(link, some_clips())
+    assert link.is_symlink()
+    assert numbers(Decode(extend="none")(link)) == list(range(40))
+    assert folder(tmp_path / "there") == ["real"]
+    os.mkfifo(odd)
+    with pytest.raises(OutputError, match=r"b.mp4 is a device or a pipe. Name a file\."):
+        write(odd, some_clips())
+    assert odd.is_fifo()
+    assert folder(tmp_path) == ["a.mp4", "b.mp4", "there"]
+
+
+def test_a_long_name_of_wide_letters_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("嘴" * 83 + ".mp4")
+    write(path, some_clips())
+    assert folder(tmp_path) == [path.name]

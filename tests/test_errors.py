@@ -299,6 +299,8 @@ def test_debug_may_be_set_in_the_environment(cli: Cli, monkeypatch: pytest.Monke
         (["lipsync", "a.png", "-o", "b.mp4"], ["exactly one of --text, --text-file, --audio, --subtitles."]),
         (["lipsync", "a.png", "-o", "b.mp4", "--text", "a", "--audio", "c.wav"], ["not --text and --audio."]),
         (["lipsync", "a.mp4", "-o", "./a.mp4", "--text", "a"], ["over itself"]),
+        (["lipsync", "a.mp4", "-o", "b.mp4", "--report", "a.mp4", "--text", "a"], ["over itself"]),
+        (["evaluate", "articulation", "a.png", "--plot", "a.png"], ["over itself"]),
         (["lipsync", "a.png", "-o", "b.mp4", "--sheet", "b.mp4", "--text", "a"], ["two outputs"]),
         (["lipsync", "a.png", "-o", "b.avi", "--text", "a"], [".avi", ".mp4"]),
         (["lipsync", "a.png", "-o", "b.mp4", "--text", "a", "--crf", "70"], ["crf"]),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from beavervision.errors import InputError, ModelError, NoAudioError
+from beavervision.errors import InputError, MediaError, ModelError, NoAudioError
 from beavervision.evaluate import lse as module
 from beavervision.evaluate.lse import crop, load, lse, sync_of
 from beavervision.evaluate.scores import best_lag
@@ -136,6 +137,9 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         lse(make_video(tmp_path / "short.mp4", few, RATE, sound), "weights")
     with pytest.raises(NoAudioError):
         lse(make_video(tmp_path / "mute.mp4", few, RATE), "weights")
+    Image.fromarray(portrait_rgb()).save(tmp_path / "still.png")
+    with pytest.raises(MediaError, match="is a still"):
+        lse(tmp_path / "still.png", "weights")
     with pytest.raises(InputError, match="no face"):
         lse(make_video(tmp_path / "empty.mp4", [empty()] * 20, RATE, sound), "weights")
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from beavervision.errors import InputError
+from beavervision.errors import InputError, MediaError
+from beavervision.evaluate.follow import encode_again
 from beavervision.evaluate.sync import SyncJudge
-from beavervision.evaluate.tracks import face_trace
+from beavervision.evaluate.tracks import face_trace, lip_track, watched
 from beavervision.models.face import FaceNets
+from beavervision.pipeline import Pipeline
 from beavervision.stages.decode import read_audio
 from tests.media_factory import make_video
 
@@ -79,3 +82,17 @@ def test_the_offset_of_a_short_clips_sound_is_found_or_not_told(tmp_path: Path) 
 def test_a_video_without_a_face_or_too_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         SyncJudge().judge(make_video(tmp_path / "a.mp4", pictures=20))
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda still: SyncJudge().judge(still),
+        lambda still: next(watched(still, FaceNets())),
+        lambda still: lip_track(still, FaceNets()),
+        lambda still: encode_again(still, still.with_name("again.mp4"), Pipeline()),
+    ],
+)
+def test_a_still_is_refused_and_not_looked_at_for_ever(portrait: Path, measure: Callable[[Path], object]) -> None:
+    with pytest.raises(MediaError, match="is a still"):
+        measure(portrait)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +48,7 @@ from beavervision.stages.hear import Hear
 from tests.media_factory import numbered_picture
 
 RATE = Fraction(25)
+HUGE = 10**400  # larger than any float
 INDEX = {name: i for i, name in enumerate(blendshape_names())}
 SMILE, INNER, BLINK = INDEX["mouthSmileLeft"], INDEX["browInnerUp"], INDEX["eyeBlinkLeft"]
 
@@ -175,6 +178,12 @@ def test_keyframes_ease_into_one_another() -> None:
         ([{"time_s": True, "expression": "happy"}], "seconds"),
         ([{"time_s": 0, "expression": "happy", "easing": "in"}], "easing"),
         ([{"time_s": 0, "expression": "happy", "ease": "bounce"}], "in-out"),
+        ([{"time_s": 0, "expression": "happy", "ease": ["in"]}], "in-out"),
+        ([{"time_s": 0, "expression": "happy", "ease": None}], "in-out"),
+        ([{"time_s": HUGE, "expression": "happy"}], "seconds"),
+        ([{"time_s": math.inf, "expression": "happy"}], "seconds"),
+        ([{"time_s": 0, "expression": {"happy": HUGE}}], "names and numbers"),
+        ([{"time_s": 0, "expression": {"happy": math.nan}}], "names and numbers"),
         ([{"time_s": 0, "expression": {"happy": "much"}}], "names and numbers"),
         ([{"time_s": 1, "expression": "happy"}, {"time_s": 1, "expression": "sad"}], "keyframe 2.*not after"),
     ],
@@ -566,17 +575,29 @@ def test_a_recording_that_cannot_be_used(tmp_path: Path) -> None:
         good | {"controls": {"jawLeft": 2}},
         good | {"controls": {"nose": 0.5}},
         good | {"controls": {"jawLeft": True}},
+        good | {"controls": {"jawLeft": HUGE}},
+        good | {"controls": {"jawLeft": math.nan}},
     ):
         with pytest.raises(InputError):
             Custom.of(document, "x.json")
     store = ExpressionStore(tmp_path)
     store.add(Custom("mine", {"jawLeft": 0.5}))
     (tmp_path / "expressions" / "broken.json").write_text("{}")
+    (tmp_path / "expressions" / "huge.json").write_text(json.dumps(good | {"controls": {"jawLeft": HUGE}}))
+    os.mkfifo(tmp_path / "expressions" / "pipe.json")
     assert [c.name for c in store.list()] == ["mine"], "one broken file takes nothing from the others"
     with pytest.raises(InputError):
         store.get("broken")
     with pytest.raises(UsageError):
         store.get("../../etc/passwd")
+
+
+def test_a_style_of_odd_numbers_is_damaged() -> None:
+    good = Style(1.2, {"mouthSmile": 0.2}, Manner()).as_dict()
+    for odd in (HUGE, -HUGE, math.inf, math.nan, [1], "1", True, None):
+        for document in (good | {"amplitude": odd}, good | {"rest": {"mouthSmile": odd}}):
+            with pytest.raises(InputError, match=r"damaged: (amplitude|mouthSmile) must be a number"):
+                Style.of(document)
 
 
 def nodding(seconds: float, gap: float, yaw_deg: float, blinks: int, smile: float) -> Iterator[Face | None]:

@@ -55,7 +55,10 @@ def test_settings_of_expression_reach_the_worker_as_the_pipeline_takes_them(serv
         {"expression": "happy:7"},
         {"expression_track": [{"time_s": 0, "expression": "auto"}]},
         {"expression_track": [{"time_s": 2, "expression": "sad"}, {"time_s": 1, "expression": "sad"}]},
+        {"expression_track": [{"time_s": 0, "expression": {"happy": 10**400}}]},
         {"style": {"format": "other"}},
+        {"style": STYLE | {"amplitude": 10**400}},
+        {"style": STYLE | {"rest": {"mouthSmile": [1]}}},
     ],
 )
 def test_what_cannot_be_understood_is_refused_before_it_is_queued(service: Service, fields: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from av import AudioLayout
 from PIL import Image
 
 from beavervision import Pipeline
@@ -20,9 +21,10 @@ from beavervision.media import Audio, Clip, Frames, Picture
 from beavervision.models.beaver import Beaver
 from beavervision.models.store import ModelStore
 from beavervision.settings import Settings
-from beavervision.speech import speak, write_wav
+from beavervision.speech import CueReport, speak, write_wav
 from beavervision.stages.decode import Decode, probe, read_audio
 from tests.faces import empty, make_video, moved, portrait, portrait_rgb
+from tests.media_factory import make_sound
 
 TEXT = "Papa moved away."
 
@@ -144,6 +146,25 @@ def test_the_sources_own_sound_can_stay_below(speech: Path, tmp_path: Path) -> N
     assert level(loud) > 5 * level(quiet)
 
 
+@pytest.mark.parametrize(
+    ("layout", "keep_audio", "suffix", "channels"),
+    [("quad", 0, "webm", 2), ("2.1", 0, "mp4", 2), ("7.1", 0, "mp4", 2), ("5.1", 0, "mp4", 6), ("5.1", 0.5, "mp4", 2)],
+)
+def test_sound_of_many_channels_is_mixed_where_it_must_be(
+    speech: Path, tmp_path: Path, layout: str, keep_audio: float, suffix: str, channels: int
+) -> None:
+    pcm = np.concatenate([a.pcm for a in read_audio(speech)], axis=1)[:, :24000]
+    given = AudioLayout(layout).nb_channels
+    many = make_sound(tmp_path / "many.wav", pcm.repeat(given, axis=0), 24000, layout=layout)
+    source, out = tmp_path / "in.mp4", tmp_path / f"out.{suffix}"
+    make_video(source, [moved()] * 10, rate=Fraction(25), sound=Audio(pcm[:, :9600], 24000))
+    report = pipeline().lipsync(source, out, audio=many, keep_audio=keep_audio, fit="trim")
+    assert [stream.channels for stream in probe(out).audio] == [channels]
+    told = [note for note in report.notes if f"has {given} channels; it is mixed to stereo" in note]
+    assert len(told) == (channels == 2)
+    assert report.speech["channels"] == given
+
+
 def test_subtitles_speak_at_their_times(still: Path, tmp_path: Path) -> None:
     cues = tmp_path / "cues.srt"
     cues.write_text("1\n00:00:00,500 --> 00:00:01,500\nHello.\n\n2\n00:00:02,000 --> 00:00:03,000\nGoodbye.\n")
@@ -163,6 +184,40 @@ def test_cues_that_are_too_long_are_sped_up_and_told(still: Path, tmp_path: Path
     assert first["speed"] > 1.2 and first["overrun_ms"] > 0
     (note,) = (note for note in report.notes if "cues" in note)
     assert note.startswith("1 of 2 cues") and "cue 1 by" in note and "Shorten" in note
+
+
+@pytest.mark.parametrize(
+    ("speeds", "told"),
+    [
+        ([1.2, 1.2], "2 of 3 cues end after their time: cue 2 by 0.9 s."),
+        ([1.2, 1.6], "2 of 3 cues end after their time, although 1 of them was sped up: cue 2"),
+        ([1.6, 1.6], "2 of 3 cues end after their time, although they were sped up: cue 2"),
+    ],
+)
+def test_only_cues_that_were_sped_up_are_said_to_be(speeds: list[float], told: str) -> None:
+    cues = [CueReport(i + 1, 0, 0, speed, 500 + 400 * i, True, "") for i, speed in enumerate(speeds)]
+    cues.append(CueReport(3, 0, 0, 1.6, 0, True, ""))
+    words = module._Synthetic("subtitles", iter(()), {}, print, cues=cues, speed=1.2)
+    assert words.notes()[0].startswith(told)
+
+
+@pytest.mark.parametrize("name", ["source", "audio", "subtitles", "phones", "style", "expression_track"])
+@pytest.mark.parametrize("output", ["out", "sheet"])
+def test_no_input_is_written_over(tmp_path: Path, name: str, output: str) -> None:
+    there = tmp_path / ("in.mp4" if output == "out" else "in.png")
+    there.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(tmp_path)
+    files = {
+        "source": tmp_path / "a.mp4",
+        "out": tmp_path / "b.mp4",
+        name: there,
+        output: tmp_path / "link" / there.name,
+    }
+    with pytest.raises(UsageError, match="over itself"):
+        pipeline().lipsync(**files)
+    assert there.read_bytes() == b"precious"
+    with pytest.raises(UsageError, match="two outputs"):
+        pipeline().lipsync(tmp_path / "a.mp4", str(there), sheet=str(there), text="Hi.")
 
 
 def test_a_picture_without_a_face_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -56,12 +56,26 @@ def test_cues_come_by_time_and_without_empty_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    "said", ["-->", "Go from A --> B.", "Step 1 --> step 2", "<i>x</i> --> y: 3", "So --> 10:30 it is"]
+)
+def test_an_arrow_may_be_said(said: str) -> None:
+    spoken = said.replace("<i>", "").replace("</i>", "")
+    for text in (said, f"Now:\n{said}", f"{said}\n{said}"):
+        first, second = parse_srt(SRT.replace("Hello <i>there</i>,\nmy friend.", text))
+        assert (first.start_ms, first.text) == (1000, text.replace("\n", " ").replace(said, spoken))
+        assert second == CUES[1]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "no cue"),
         ("WEBVTT\n", "no cue"),
         ("\n\nJust some prose.\n", "line 3: 'Just some prose.' is no subtitle"),
         (SRT.replace("00:00:03,000 -->", "00:00:x3 -->"), "line 7: .* is no time"),
+        (SRT.replace("00:00:03,000 -->", "3 s -->"), "line 7: .* is no time"),
+        (SRT.replace("\n\n2\n00:00:03,000 -->", "\n00:00;03 -->"), "line 5: .* is no time"),
+        (SRT.replace("\n\n2\n00:00:03,000 -->", "\n\n3s -->"), "line 6: .* is no time"),
         (SRT.replace("00:00:03,000 -->", "00:00:05,000 -->"), "line 7: .*ends .* before it starts"),
         ("1\n00:00:01,000 --> 00:00:02,000\n\n", "no cue"),
     ],

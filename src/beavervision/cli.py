@@ -35,7 +35,7 @@ from beavervision.errors import (
     TextError,
     UsageError,
 )
-from beavervision.files import partial, unreadable, unwritable, write_json
+from beavervision.files import check_apart, check_place, unreadable, write_json
 from beavervision.settings import Settings
 
 if TYPE_CHECKING:
@@ -200,9 +200,8 @@ def lipsync(
             f"Say what to speak: exactly one of {', '.join(words)}"
             + (f", not {' and '.join(given)}." if given else ".")
         )
-    _check_apart([source, text_file, audio, phones, subtitles, expression_track, style], [out, report, sheet])
-    for path in (report, sheet):
-        _check_place(path)
+    check_apart([source, text_file, audio, phones, subtitles, expression_track, style], [out, report, sheet])
+    _check_places(report, sheet)
     settings = Settings.load()
     settings = replace(settings, preset=preset or settings.preset, crf=settings.crf if crf is None else crf)
     if text_file is not None:
@@ -259,9 +258,8 @@ def say(
     """Speak a text into a sound file; marks of expressions in it are left out."""
     if out.suffix.lower() != ".wav":
         raise UsageError(f"{out}: speech is written as WAV; name it with .wav.")
-    _check_apart([], [out, phones])
-    for path in (out, phones):
-        _check_place(path)
+    check_apart([], [out, phones])
+    _check_places(out, phones)
     if text == "-":
         text = _read_text(Path("-"))
 
@@ -458,8 +456,8 @@ def style_learn(
     as_json: JsonFlag = False,
 ) -> None:
     """Learn a speaker's manner: how far the mouth moves, the face at rest, brows, blinks and head."""
-    _check_apart([clip], [out])
-    _check_place(out)
+    check_apart([clip], [out])
+    _check_places(out)
     from beavervision.pipeline import learn_style
 
     made = learn_style(clip)
@@ -547,8 +545,7 @@ def demo(
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another folder with --out.") from error
     video, sheet, report = (folder / f"demo.{suffix}" for suffix in ("mp4", "png", "json"))
-    for path in (sheet, report):
-        _check_place(path)
+    _check_places(sheet, report)
 
     from beavervision.evaluate.samples import SENTENCE, portrait
     from beavervision.pipeline import Pipeline
@@ -694,7 +691,7 @@ def evaluate_articulation(
     from beavervision.evaluate.articulation import articulation, format_table, panels
     from beavervision.pipeline import Pipeline
 
-    _check_plot(plot)
+    _check_plot(plot, source)
     pipeline = Pipeline(model, device=device, allow_non_commercial=allow_non_commercial)
     with _progress(quiet) as told:
         measured = articulation(pipeline, source, voice=voice, by_ear=by_ear, seed=seed, on_progress=told)
@@ -711,7 +708,7 @@ def evaluate_sync(
     """Offset and confidence of sound and lips, by the project's own scorer."""
     from beavervision.evaluate.sync import SyncJudge, format_table, panels
 
-    _check_plot(plot)
+    _check_plot(plot, video)
     report = SyncJudge().judge(video)
     _plot(panels(report), plot)
     _show(as_json, report.as_dict(), format_table(report))
@@ -735,7 +732,7 @@ def evaluate_lse(
     from beavervision.engine.host import cores
     from beavervision.evaluate.lse import format_table, lse, panels
 
-    _check_plot(plot)
+    _check_plot(plot, video)
     with _progress(quiet) as told:
         measured = lse(video, syncnet, s3fd, threads=Settings.load().threads or cores(), on_progress=told)
     _plot(panels(measured), plot)
@@ -788,7 +785,7 @@ def evaluate_compare(
     """Hold the mouth of a video against that of a real one of the same words."""
     from beavervision.evaluate.quality import compare, format_table, panels, quality
 
-    _check_plot(plot)
+    _check_plot(plot, result, truth)
     with _progress(quiet) as told:
         measured = compare(result, truth, on_progress=told)
     score = quality(measured)
@@ -971,11 +968,12 @@ def _told_clip(done: int, total: int, file: str) -> None:
     print(f"{done} of {total} clips; now {file}", file=sys.stderr, flush=True)
 
 
-def _check_plot(path: Path | None) -> None:
-    """Raises UsageError or OutputError where no plot can be written; found out before any work."""
+def _check_plot(path: Path | None, *inputs: Path) -> None:
+    """Raises UsageError or OutputError where no plot can be written, or it would replace an input; found out before any work."""
     if path is not None and path.suffix.lower() != ".png":
         raise UsageError(f"{path}: a plot is a picture; name it with .png.")
-    _check_place(path)
+    check_apart(inputs, [path])
+    _check_places(path)
 
 
 def _plot(panels: Sequence[Panel], path: Path | None) -> None:
@@ -1014,29 +1012,11 @@ def _read_text(path: Path) -> str:
         raise TextError(f"{name} is no UTF-8 text (byte {error.start}). Save it as UTF-8 text first.") from error
 
 
-def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
-    """Raises UsageError where an output would replace an input or another output."""
-    read = [path.resolve() for path in inputs if path is not None]
-    written = [path.resolve() for path in outputs if path is not None]
-    for number, path in enumerate(written):
-        if path in read:
-            raise UsageError(f"{path} would be written over itself. Give the output another name.")
-        if path in written[:number]:
-            raise UsageError(f"{path} is named as two outputs. Give each a name of its own.")
-
-
-def _check_place(path: Path | None) -> None:
-    """Raises OutputError where a file cannot be made at `path`; found out before any work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Name a file in it.")
-    trial = partial(path)
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise unwritable(path, error) from error
+def _check_places(*paths: Path | None) -> None:
+    """Raises OutputError where a file cannot be made at one of them; found out before any work."""
+    for path in paths:
+        if path is not None:
+            check_place(path)
 
 
 class _Pace:

@@ -29,6 +29,7 @@ from beavervision.engine.memory import MemoryBudget
 from beavervision.engine.placement import DevicePlan, StageCost, available_devices, plan, resolve
 from beavervision.errors import MediaError, NoFaceError, TextError, UsageError
 from beavervision.expression import Custom, Direct, ExpressionStore, Marked, Script, Style, Track, learn_custom
+from beavervision.files import check_apart
 from beavervision.media import Audio, Clip, Face, FaceTrack, Frames, Net, Phone, Picture, Stage, pictures_for
 from beavervision.metrics import RunReport, StageTimes
 from beavervision.models.beaver import LAST_ROW_MS
@@ -45,7 +46,7 @@ from beavervision.settings import Settings
 from beavervision.speech import Cue, CueReport, Speaker, SpeechChunk, parse_srt, phones_of, read_phones
 from beavervision.stages.decode import Decode, Extend, SourceInfo, audio_info, probe, read_audio, resample
 from beavervision.stages.detect import Detect, FaceChoice, Retrace, Survey, joined, survey
-from beavervision.stages.encode import Encode
+from beavervision.stages.encode import LAYOUTS, Encode
 from beavervision.stages.express import Express
 from beavervision.stages.hear import COMING_MS, LOG_MEL_DENSE, Hear
 from beavervision.stages.lipsync_beaver import BeaverSync, profile_of
@@ -228,6 +229,7 @@ class Pipeline:
             raise UsageError(f"keep_audio is a level between 0 and 1, not {keep_audio:g}.")
         if restore_area not in get_args(Area):
             raise UsageError(f"restore_area {restore_area!r}: use {' or '.join(get_args(Area))}.")
+        check_apart([source, audio, phones, subtitles, style, expression_track], [out, sheet])
         choice = FaceChoice.parse(face)
         if (boxes or whole_box) and not self._model.boxed:
             raise UsageError(f"boxes and whole_box are for Wav2Lip checkpoints; {self.card.name} draws without them.")
@@ -241,7 +243,9 @@ class Pipeline:
         notes += info.notes
         script = self._script(expression, expression_track)
         manner = style if style is None else _style(style)
-        words = self._words(text, audio, phones, subtitles, voice, language, speed, pitch, seed, script, notes.append)
+        words = self._words(
+            text, audio, phones, subtitles, voice, language, speed, pitch, seed, keep_audio > 0, script, notes.append
+        )
         sound = _begun(words.blocks())
         alive = info.kind == "still" if alive is None else alive
         expresses = alive or manner is not None or script.anything
@@ -512,9 +516,11 @@ class Pipeline:
         speed: float,
         pitch: float,
         seed: int,
+        mixed: bool,
         script: Script,
         note: Callable[[str], None],
     ) -> _Words:
+        """What is said, by one of text, audio and subtitles; `mixed` says that other sound will be mixed in."""
         given = [
             name for name, value in (("text", text), ("audio", audio), ("subtitles", subtitles)) if value is not None
         ]
@@ -527,7 +533,7 @@ class Pipeline:
             raise UsageError("phones are those of recorded speech: give audio with them. A text's are known.")
         if audio is not None:
             known = read_phones(Path(phones)) if isinstance(phones, (str, Path)) else phones_of(phones or ())
-            return _Recorded(Path(audio), known)
+            return _Recorded(Path(audio), known, note, mixed=mixed)
         chosen = self.speaker.voice(*self.settings.voice_for(voice, language))
         how: dict[str, Any] = {"voice": chosen.name, "speed": speed, "pitch": pitch, "seed": seed}
         facts = {"voice": chosen.name, "language": chosen.language, "engine": chosen.engine, "licence": chosen.licence}
@@ -537,7 +543,8 @@ class Pipeline:
             plain, marked = _unmarked(parsed, script, note)
             chunks = self.speaker.speak_cues(plain, on_report=cues.append, **how)
             chunks = marked.follow(chunks, script, language=chosen.language)
-            return _Synthetic("subtitles", chunks, facts, note, until_ms=parsed[-1].end_ms, cues=cues)
+            end_ms = parsed[-1].end_ms
+            return _Synthetic("subtitles", chunks, facts, note, until_ms=end_ms, cues=cues, speed=speed)
         marked = Marked.of(text or "", script.custom)
         if not marked.text.strip():
             raise TextError("The text is empty. Give at least one word.")
@@ -785,18 +792,25 @@ class _Words:
 
 
 class _Recorded(_Words):
-    def __init__(self, path: Path, phones: tuple[Phone, ...]) -> None:
+    def __init__(
+        self, path: Path, phones: tuple[Phone, ...], note: Callable[[str], None], *, mixed: bool = False
+    ) -> None:
+        """`mixed` says that other sound will be mixed in, which can be done with one or two channels."""
         super().__init__()
         self._path = path
         self._phones = phones
-        stream = audio_info(path)
-        self.rate_hz, self.channels = stream.rate_hz, stream.channels
+        self._stream = stream = audio_info(path)
+        self._stereo = stream.channels > 2 and (mixed or stream.layout not in LAYOUTS)
+        self.rate_hz, self.channels = stream.rate_hz, 2 if self._stereo else stream.channels
+        if self._stereo:
+            why = "to go with the source's own" if stream.layout in LAYOUTS else "for few players know such sound"
+            note(f"The sound has {stream.channels} channels; it is mixed to stereo, {why}.")
         if stream.duration is not None:
             self._samples = int(stream.duration * stream.rate_hz)
 
     def blocks(self) -> Iterator[Audio]:
         samples = told = 0
-        for block in read_audio(self._path):
+        for block in read_audio(self._path, stereo=self._stereo):
             samples += block.samples
             ends_ms = samples * 1000 / block.rate_hz
             first = told
@@ -812,7 +826,7 @@ class _Recorded(_Words):
             "phones": len(self._phones),
             "seconds": seconds,
             "rate_hz": self.rate_hz,
-            "channels": self.channels,
+            "channels": self._stream.channels,
         }
 
 
@@ -830,8 +844,9 @@ class _Synthetic(_Words):
         characters: int = 0,
         until_ms: int = 0,
         cues: list[CueReport] | None = None,
+        speed: float = 1.0,
     ) -> None:
-        """`characters` (of a text) or `until_ms` (of subtitles) serve the estimate of the length."""
+        """`characters` (of a text) or `until_ms` (of subtitles) serve the estimate of the length; `speed` is what was asked for."""
         super().__init__()
         self._kind = kind
         self._chunks = chunks
@@ -840,6 +855,7 @@ class _Synthetic(_Words):
         self._characters = characters
         self._until_ms = until_ms
         self._cues = cues
+        self._speed = speed
         self._said = (0, 0.0)  # characters, seconds
 
     def blocks(self) -> Iterator[Audio]:
@@ -879,8 +895,11 @@ class _Synthetic(_Words):
         if not long:
             return ()
         worst = max(long, key=lambda cue: cue.overrun_ms)
+        sped_up = sum(cue.speed > self._speed for cue in long)
+        which = "they were" if sped_up == len(long) else f"{sped_up} of them {'was' if sped_up == 1 else 'were'}"
+        although = f", although {which} sped up" if sped_up else ""
         return (
-            f"{len(long)} of {len(cues)} cues end after their time, although they were sped up: cue {worst.index} by "
+            f"{len(long)} of {len(cues)} cues end after their time{although}: cue {worst.index} by "
             f"{worst.overrun_ms / 1000:.1f} s. Shorten their text; the report has all of them.",
         )
 
@@ -897,7 +916,7 @@ def _background(info: SourceInfo, words: _Words, note: Callable[[str], None]) ->
     if not info.has_audio:
         note("The source has no sound of its own to keep.")
         return None
-    return resample(read_audio(info.path), words.rate_hz, words.channels)
+    return resample(read_audio(info.path, stereo=True), words.rate_hz, words.channels)
 
 
 # -------------------------------------------------------------------------------------------------

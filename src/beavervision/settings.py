@@ -142,8 +142,10 @@ class Settings:
                 raise UsageError(f"live_ice_servers: {url!r} is no server. Write stun:HOST:PORT or turn:HOST:PORT.")
         if self.live_sessions < 0:
             raise UsageError(f"live_sessions must be 0 or more, not {self.live_sessions}.")
-        if self.threads < 0 or not 0 <= self.crf <= 51:
-            raise UsageError("threads must be 0 or more, and crf between 0 and 51.")
+        if self.threads < 0:
+            raise UsageError(f"threads must be 0 or more, not {self.threads}.")
+        if not 0 <= self.crf <= 51:
+            raise UsageError(f"crf is a number from 0 (best) to 51 (worst), not {self.crf}.")
         if not 0 <= self.serve_port <= 65535:
             raise UsageError(f"serve_port is a number from 0 to 65535, not {self.serve_port}.")
         for name in _POSITIVE:

@@ -30,7 +30,7 @@ from beavervision.errors import InputError, OutputError, UsageError
 from beavervision.evaluate.plots import Dots, Panel
 from beavervision.evaluate.scores import Lag, best_lag, landmark_distance, pearson
 from beavervision.evaluate.sync import SyncJudge
-from beavervision.evaluate.tracks import FaceTrace, face_trace
+from beavervision.evaluate.tracks import FaceTrace, face_trace, moving
 from beavervision.media import F32, Clip, Frames, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
@@ -276,7 +276,7 @@ def mouth_trace(path: Path | str, nets: FaceNets) -> MouthTrace:
     """The mouth of the largest face over a video.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: the file cannot be read, or is a still.
     """
     return MouthTrace.of(face_trace(path, nets))
 
@@ -468,7 +468,7 @@ def _shifted(source: Path, out: Path, pictures: int) -> Path:
 def encode_again(source: Path, out: Path, pipeline: Pipeline) -> None:
     """The pictures of a video through the encoder that `pipeline` writes with, nothing drawn: what is a control's."""
     encode = Encode(pipeline.settings.preset, pipeline.settings.crf).to(out)
-    with closing(encode(Decode(extend="none")(source))) as clips:  # type: ignore[type-var]
+    with closing(encode(Decode(extend="none")(moving(source)))) as clips:  # type: ignore[type-var]
         for _ in clips:
             pass
 

@@ -38,6 +38,7 @@ from rich.table import Table
 
 from beavervision.errors import InputError, ModelError
 from beavervision.evaluate.plots import Line, Panel
+from beavervision.evaluate.tracks import moving
 from beavervision.media import F32, U8, Face, FaceState, Picture
 from beavervision.models.boxes import FaceBoxes, load_syncnet_boxes, nearest
 from beavervision.models.face import FaceNets
@@ -112,11 +113,12 @@ def lse(
 
     Raises:
         ModelError: a checkpoint is none of SyncNet's, or of its detector's, holds more than tensors, or PyTorch is not installed.
-        MediaError, NoAudioError: the video cannot be read, or is mute.
+        MediaError, NoAudioError: the video cannot be read, is a still, or is mute.
         InputError: no face is seen for a second or more.
     """
     net = load(Path(checkpoint), threads=threads)
     detector = None if s3fd is None else load_detector(Path(s3fd), threads=threads)
+    moving(video)
     blocks = resample(read_audio(video), _RATE_HZ, 1)
     pcm = np.concatenate([np.zeros(0, np.float32), *(block.pcm[0] for block in blocks)])
     boxes, first = _boxes(video, detector)

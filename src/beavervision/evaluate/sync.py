@@ -77,7 +77,7 @@ class SyncJudge:
 
         Raises:
             InputError: it has no sound, or no three seconds in which a face is seen and sound surrounds it.
-            MediaError: it cannot be read.
+            MediaError: it cannot be read, or is a still.
         """
         scores, starts = self._windows(Path(video), face_trace(video, self._faces))
         if not scores:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from beavervision.errors import MediaError
 from beavervision.media import F32, POINTS, Face, FaceState, Picture
 from beavervision.models import mesh
 from beavervision.models.face import FaceNets
-from beavervision.stages.decode import Decode, probe
+from beavervision.stages.decode import Decode, SourceInfo, probe
 from beavervision.stages.detect import Detect
 
 _OUTER = len(mesh.OUTER_LIP)
@@ -87,13 +88,25 @@ class FaceTrace:
         return mesh.gaps(self.points)
 
 
+def moving(path: Path | str) -> SourceInfo:
+    """What a video is.
+
+    Raises:
+        MediaError: the file cannot be read, or is a still, which has no end.
+    """
+    info = probe(path)
+    if info.kind == "still":
+        raise MediaError(f"{path} is a still, in which nothing moves. Give a video.")
+    return info
+
+
 def face_trace(path: Path | str, nets: FaceNets) -> FaceTrace:
     """The largest face over a video.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: as :func:`moving`.
     """
-    info = probe(path)
+    info = moving(path)
     points: list[F32] = []
     turns: list[tuple[float, float]] = []
     clear: list[bool] = []
@@ -119,10 +132,10 @@ def watched(path: Path | str, nets: FaceNets) -> Generator[tuple[Picture, Face |
     """The pictures of a video, each with its largest face.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: as :func:`moving`.
     """
     # Without look-ahead nothing is smoothed: lips meet for two pictures only.
-    for clip in Detect(nets, look_ahead=0)(Decode(extend="none")(path)):
+    for clip in Detect(nets, look_ahead=0)(Decode(extend="none")(moving(path))):
         assert clip.track is not None
         yield from zip(clip.frames.pictures, clip.track.faces, strict=True)
 
@@ -131,7 +144,7 @@ def lip_track(path: Path | str, nets: FaceNets) -> LipTrack:
     """The lips of the largest face over a video.
 
     Raises:
-        MediaError: the file cannot be read.
+        MediaError: as :func:`moving`.
     """
     rows = [
         NO_LIPS if face is None else lips_of(face, mesh.fit_pose(face.points_px)) for _, face in watched(path, nets)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeGuard
 
 import numpy as np
 
@@ -140,6 +142,13 @@ def check_name(name: str) -> None:
         )
     if name in {k.name for k in known()}:
         raise UsageError(f"{name!r} is taken: it is a preset or a control. Choose another name.")
+
+
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
+    """Whether a value out of JSON is a finite number from `low` to `high`; its whole numbers may be too large for a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return low <= value <= high and abs(value) <= sys.float_info.max
 
 
 def look_of(values: Mapping[str, float], custom: Mapping[str, F32] | None = None) -> F32:

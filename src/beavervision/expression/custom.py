@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from beavervision.errors import InputError, NoFaceError, OutputError, UsageError
-from beavervision.expression.controls import check_name, look_of
+from beavervision.expression.controls import check_name, is_number, look_of
 from beavervision.files import read_json, write_json
 from beavervision.media import F32, Face
 from beavervision.models.face import blendshape_names
@@ -57,16 +57,16 @@ class Custom:
             raise InputError(f"{where} holds no expression. Make one with `beavervision expression learn`.")
         if document.get("version") != VERSION:
             raise InputError(
-                f"{where} is of version {document.get('version')!r}; this program reads {VERSION}. Update it."
+                f"{where} is of version {reprlib.repr(document.get('version'))}; this program reads {VERSION}. Update it."
             )
         values = document.get("controls")
         if not isinstance(values, Mapping) or not values:
             raise InputError(f"{where} is damaged: it has no controls.")
         names = set(blendshape_names()[1:])
         for key, value in values.items():
-            sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if key not in names or not sound or not -1 <= value <= 1:
-                raise InputError(f"{where} is damaged: {key!r} with {value!r} is no blendshape between -1 and 1.")
+            if key not in names or not is_number(value, -1, 1):
+                told = f"{reprlib.repr(key)} with {reprlib.repr(value)}"
+                raise InputError(f"{where} is damaged: {told} is no blendshape between -1 and 1.")
         own = name if name is not None else document.get("name")
         if not isinstance(own, str):
             raise InputError(f"{where} has no name. Give one with --name.")
@@ -114,7 +114,7 @@ class ExpressionStore:
     def list(self) -> tuple[Custom, ...]:
         """All that can be read, by name."""
         found = []
-        for path in sorted(self._folder.glob("*.json"))[:LIMIT_FILES]:
+        for path in sorted(filter(Path.is_file, self._folder.glob("*.json")))[:LIMIT_FILES]:
             try:
                 found.append(Custom.of(read_json(path, LIMIT_BYTES), str(path), path.stem))
             except (InputError, UsageError):

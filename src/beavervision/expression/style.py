@@ -6,6 +6,7 @@ What is learned: how far the mouth moves, what the face is like at rest, how muc
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ import numpy as np
 
 from beavervision.errors import InputError, NoFaceError
 from beavervision.expression.alive import Manner
-from beavervision.expression.controls import controls
+from beavervision.expression.controls import controls, is_number
 from beavervision.expression.custom import USUAL
 from beavervision.files import read_json, write_json
 from beavervision.media import F32, Face
@@ -83,7 +84,7 @@ class Style:
             raise InputError(f"{where} holds no style. Make one with `beavervision style learn`.")
         if document.get("version") != VERSION:
             raise InputError(
-                f"{where} is of version {document.get('version')!r}; this program reads {VERSION}. Update it."
+                f"{where} is of version {reprlib.repr(document.get('version'))}; this program reads {VERSION}. Update it."
             )
         values = {name: _number(document.get(name), name, *bounds, where) for name, bounds in _FIELDS.items()}
         rest = document.get("rest")
@@ -178,7 +179,7 @@ def _bounded(value: float, name: str) -> float:
 
 
 def _number(value: Any, name: str, low: float, high: float, where: str) -> float:
-    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not sound or not low <= value <= high:
-        raise InputError(f"{where} is damaged: {name} must be a number from {low:g} to {high:g}, not {value!r}.")
+    if not is_number(value, low, high):
+        told = reprlib.repr(value)
+        raise InputError(f"{where} is damaged: {name} must be a number from {low:g} to {high:g}, not {told}.")
     return float(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beavervision.errors import UsageError
-from beavervision.expression.controls import AUTO, look_of, parse
+from beavervision.expression.controls import AUTO, is_number, look_of, parse
 from beavervision.files import read_json
 from beavervision.media import F32
 
@@ -93,19 +93,15 @@ def _key(row: Any, custom: Mapping[str, F32] | None) -> Key:
     if odd := sorted(set(row) - set(_FIELDS)):
         raise UsageError(f"unknown field {odd[0]!r}; known are {', '.join(_FIELDS)}.")
     time_s, asked, ease = row["time_s"], row["expression"], row.get("ease", "in-out")
-    if not _is_number(time_s) or time_s < 0:
-        raise UsageError(f"time_s is a number of seconds from 0, not {time_s!r}.")
-    if ease not in EASINGS:
-        raise UsageError(f"ease {ease!r}: use {', '.join(EASINGS)}.")
+    if not is_number(time_s, 0):
+        raise UsageError(f"time_s is a number of seconds from 0, not {reprlib.repr(time_s)}.")
+    if not isinstance(ease, str) or ease not in EASINGS:
+        raise UsageError(f"ease {reprlib.repr(ease)}: use {', '.join(EASINGS)}.")
     if isinstance(asked, str):
         wanted = parse(asked, custom)
         if wanted.auto:
             raise UsageError(f"{AUTO} cannot change over time; give it beside the track, as the expression.")
         return Key(float(time_s), wanted.look, ease)
-    if not isinstance(asked, Mapping) or not all(isinstance(k, str) and _is_number(v) for k, v in asked.items()):
+    if not isinstance(asked, Mapping) or not all(isinstance(k, str) and is_number(v) for k, v in asked.items()):
         raise UsageError("expression is a string such as happy:0.6, or an object of names and numbers.")
     return Key(float(time_s), look_of({name: float(value) for name, value in asked.items()}, custom), ease)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,6 +12,7 @@ from beavervision.files import unreadable
 
 _TIME = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{2})(?:[,.](\d{1,3}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
+_LIKE_TIMES = re.compile(r"\s*\S*\d\S*:\S*\s*-->")
 _TAG = re.compile(r"<[^<>\n]*>|\{\\[^{}\n]*\}")
 _SKIPPED_BLOCKS = ("NOTE", "STYLE", "REGION")  # of WebVTT
 
@@ -41,7 +42,7 @@ def parse_srt(source: str | Path) -> tuple[Cue, ...]:
     lines = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     vtt = lines[0].startswith("WEBVTT")
     cues: list[Cue] = []
-    starts = [i for i, line in enumerate(lines) if "-->" in line]
+    starts = [i for i, line in enumerate(lines) if "-->" in line and _is_of_times(lines, i)]
     for n, i in enumerate(starts):
         if vtt and _block_header(lines, i).startswith(_SKIPPED_BLOCKS):
             continue
@@ -86,6 +87,14 @@ def _ms(parts: tuple[str | None, ...]) -> int:
         + int(seconds or 0) * 1000
         + int((fraction or "0").ljust(3, "0"))
     )
+
+
+def _is_of_times(lines: list[str], i: int) -> bool:
+    """Whether line `i`, which has an arrow, is meant to be a cue's times, if damaged ones, and not its text."""
+    if _TIMES.match(lines[i]) or _LIKE_TIMES.match(lines[i]):
+        return True
+    before = lines[i - 1].strip() if i else ""
+    return (not before or before.isdigit()) and any(letter.isdigit() for letter in lines[i])
 
 
 def _block_header(lines: list[str], i: int) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -63,6 +64,11 @@ _CONTAINERS = (
 )
 _STILLS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 _MATRICES = {1: Matrix.BT709, 5: Matrix.BT601, 6: Matrix.BT601, 9: Matrix.BT2020, 10: Matrix.BT2020}
+_SAMPLES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+_FRACTION = (
+    4  # floats up to it are fractions of white, which highlights may pass: as levels of 255 they would all be black
+)
+_USUAL_PLACES = {5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # of so many channels
 _PLANES = frozenset({"yuv420p", "yuvj420p"})  # taken as they are
 _FULL_RANGE = 2
 _RESERVED = frozenset({0, 3})  # tag values that encoders refuse
@@ -71,11 +77,15 @@ _HDR_TRANSFERS = frozenset({16, 18})
 
 @dataclass(frozen=True, slots=True)
 class AudioStream:
-    """One audio stream of a file; `index` counts the audio streams only. duration is in seconds, None if unknown."""
+    """One audio stream of a file; `index` counts the audio streams only. duration is in seconds, None if unknown.
+
+    layout is FFmpeg's name for the places of its channels, such as ``5.1``, or ``3 channels`` where they are not known.
+    """
 
     index: int
     rate_hz: int
     channels: int
+    layout: str
     language: str | None
     default: bool
     codec: str
@@ -87,8 +97,8 @@ class SourceInfo:
     """What a file holds. Sizes are those of the upright, even-sided pictures; `coded_*` is what the file stores.
 
     start is the time stamp, in seconds, of the video's beginning; duration is in seconds; frames is an estimate.
-    rotation_deg is how far the stored pictures are turned clockwise to stand upright, and turn is the whole of it,
-    mirroring included: stored pixel (x, y) is shown at (a x + c y, b x + d y), but for an offset. `constant` says that
+    rotation_deg is how far the stored pictures are turned clockwise to stand upright, before they are mirrored if they are, and
+    turn is the whole of it: stored pixel (x, y) is shown at (a x + c y, b x + d y), but for an offset. `constant` says that
     each source picture becomes one picture at `rate`; `rate_note` says how the rate was chosen.
     """
 
@@ -166,7 +176,7 @@ def audio_info(path: Path | str, stream: int | None = None) -> AudioStream:
                 f"{SOUND_HZ[1]} Hz can be used. Convert it, or use another copy if it is damaged."
             )
         # Headers can be wrong by the factor that spectral band replication adds.
-        return replace(chosen, rate_hz=rate_hz, channels=channels)
+        return replace(chosen, rate_hz=rate_hz, channels=channels, layout=_places(first.layout))
 
 
 def length(path: Path | str) -> Fraction | None:
@@ -244,19 +254,29 @@ class Decode:
 
 
 def read_audio(
-    path: Path | str, rate_hz: int | None = None, stream: int | None = None, block_samples: int = 4096
+    path: Path | str,
+    rate_hz: int | None = None,
+    stream: int | None = None,
+    block_samples: int = 4096,
+    *,
+    stereo: bool = False,
 ) -> Iterator[Audio]:
     """The sound of a file in blocks of `block_samples` (the last may be shorter), at its own channels.
 
     Sample 0 is heard when the video starts, or first if there is no video: an offset between the two becomes
     silence or cut samples, and a gap in the sound becomes silence. rate_hz resamples; stream counts audio streams.
+    stereo mixes more than two channels to two, by the places that the file says they have.
 
     Raises:
         NoAudioError, UsageError, MediaError: as :func:`audio_info`; at once, not at the first block.
     """
     path = Path(path)
     chosen = audio_info(path, stream)
-    blocks = _reblocked(_audio_blocks(path, chosen), chosen.rate_hz, block_samples)
+    pieces = _audio_blocks(path, chosen)
+    if stereo and chosen.channels > 2:
+        shares = _to_stereo(chosen.layout, chosen.channels)
+        pieces = (shares @ pcm for pcm in pieces)
+    blocks = _reblocked(pieces, chosen.rate_hz, block_samples)
     if rate_hz is None or rate_hz == chosen.rate_hz:
         return blocks
     return _reblocked((b.pcm for b in resample(blocks, rate_hz)), rate_hz, block_samples)
@@ -295,7 +315,7 @@ def resample(blocks: Iterator[Audio], rate_hz: int, channels: int | None = None)
         phones += block.phones
         if not pcm.shape[1]:
             continue
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(pcm), "fltp", layout)
+        frame = av.AudioFrame.from_ndarray(_packed(pcm), "flt", layout)
         frame.rate, frame.pts, frame.time_base = source_hz, taken, Fraction(1, source_hz)
         taken += pcm.shape[1]
         for out in resampler.resample(frame):
@@ -330,6 +350,8 @@ def _check_file(path: Path) -> None:
             raise MediaError(f"{path} is a folder. Name a video or picture file in it.")
         if not path.exists():
             raise MediaError(f"{path} does not exist. Check the name and the folder.")
+        if not path.is_file():  # media is read more than once, and from its end
+            raise MediaError(f"{path} is a device or a pipe. Write what comes from it to a file first, and give that.")
         with path.open("rb") as file:
             head = file.read(12)
     except OSError as error:
@@ -375,6 +397,7 @@ def _audio_streams(container: av.container.InputContainer) -> tuple[AudioStream,
             index=i,
             rate_hz=s.codec_context.sample_rate,
             channels=s.codec_context.layout.nb_channels,
+            layout=_places(s.codec_context.layout),
             language=s.language if s.language != "und" else None,
             default=bool(s.disposition & Disposition.default),
             codec=s.codec_context.name,
@@ -516,7 +539,7 @@ def _describe(
         start=timing.start,
         duration=duration,
         frames=frames,
-        rotation_deg=-first.rotation % 360,
+        rotation_deg=_rotation_deg(turn),
         turn=turn,
         color=picture.color,
         codec=stream.codec_context.name,
@@ -785,6 +808,13 @@ def _display_matrix(frame: av.VideoFrame) -> Turn:
     return (1 if a > 0 else -1, 0, 0, 1 if d > 0 else -1)
 
 
+def _rotation_deg(turn: Turn) -> int:
+    """How far clockwise a turn goes, before it mirrors left and right if it does."""
+    a, b, c, d = turn
+    mirrored = a * d - b * c < 0
+    return {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[-a if mirrored else a, b]
+
+
 def _upright(plane: U8, turn: Turn) -> U8:
     """The plane turned by quarters and mirrored; if it is neither, it still is the frame's memory, kept alive by it, which the
     decoder may refer to.
@@ -892,12 +922,20 @@ def _reduced(picture: Image.Image) -> Image.Image:
     return picture.reduce(step)
 
 
+def _white(highest: float, *, fractions: bool) -> float:
+    """The level of white in a picture of one deep channel, by the highest that is there: `fractions` may be from 0 to 1."""
+    if fractions and highest <= _FRACTION:
+        return 1
+    return 255 if highest <= 255 else 65535
+
+
 def _plain_rgb(picture: Image.Image) -> Image.Image:
     """8-bit sRGB, what is transparent white."""
     profile = picture.info.get("icc_profile")
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.float32) / (257 if np.asarray(picture).max(initial=0) > 255 else 1)
-        picture, profile = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)), None
+    if picture.mode.startswith(("I", "F")):
+        levels = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
+        levels *= 255 / _white(float(levels.max(initial=0)), fractions=picture.mode == "F")
+        picture, profile = Image.fromarray(np.rint(np.clip(levels, 0, 255)).astype(np.uint8)), None
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -925,9 +963,9 @@ def _audio_blocks(path: Path, chosen: AudioStream) -> Iterator[F32]:
         rate_hz, base = chosen.rate_hz, stream.time_base or Fraction(1, chosen.rate_hz)
         zero, end = _audio_zero(container), None
         for frame in _audio_frames(container, stream):
-            pcm = _pcm(frame)
-            if frame.sample_rate != rate_hz or pcm.shape[0] != chosen.channels:
+            if frame.sample_rate != rate_hz or frame.layout.nb_channels != chosen.channels:
                 raise MediaError(f"{path}: its sound changes rate or channels midway. Convert it to one of each first.")
+            pcm = _pcm(frame)
             if zero is None:
                 zero = frame.pts * base if frame.pts is not None else Fraction(0)
             if end is None and chosen.duration and stream.start_time is not None and chosen.codec == "aac":
@@ -976,10 +1014,14 @@ def _audio_frames(container: av.container.InputContainer, stream: av.AudioStream
 
 
 def _pcm(frame: av.AudioFrame) -> F32:
-    """The frame's samples as (channels, n) float32 of its own."""
-    raw: npt.NDArray[Any] = frame.to_ndarray()
+    """The frame's samples as (channels, n) float32 of its own; of at most eight channels."""
     channels = frame.layout.nb_channels
-    planar = raw if frame.format.is_planar else raw.reshape(-1, channels).T
+    if frame.format.is_planar:
+        # Not by its own to_ndarray(), which reads a ninth plane, that is none, after eight.
+        kind, planes = _SAMPLES[frame.format.packed.name], frame.planes[:channels]
+        planar: npt.NDArray[Any] = np.stack([np.frombuffer(memoryview(p), kind, frame.samples) for p in planes])
+    else:
+        planar = frame.to_ndarray().reshape(-1, channels).T
     if planar.dtype.kind == "f":
         return np.array(planar, np.float32, order="C")
     if planar.dtype == np.uint8:
@@ -1005,10 +1047,40 @@ def _reblocked(blocks: Iterator[F32], rate_hz: int, block_samples: int) -> Itera
 
 
 def _layout(channels: int) -> str:
-    names = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+    names = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", **_USUAL_PLACES}
     if channels not in names:
         raise UsageError(f"Sound of {channels} channels cannot be resampled. Mix it to mono or stereo first.")
     return names[channels]
+
+
+def _places(layout: av.AudioLayout) -> str:
+    """As :attr:`AudioStream.layout`: so many channels without places are those of a cinema's sound."""
+    unknown = layout.name == f"{layout.nb_channels} channels"
+    return _USUAL_PLACES.get(layout.nb_channels, layout.name) if unknown else layout.name
+
+
+@cache
+def _to_stereo(layout: str, channels: int) -> F32:
+    """How much of each channel goes left and right, (2, channels), never beyond full scale.
+
+    It is as FFmpeg mixes them, or all alike where their places are not known.
+    """
+    alike = np.full((2, channels), 1 / channels, np.float32)
+    if layout == f"{channels} channels":
+        return alike
+    try:
+        each = av.AudioFrame.from_ndarray(_packed(np.eye(channels, dtype=np.float32)), "flt", layout)
+        each.rate = 48_000  # any will do
+        (mixed,) = av.AudioResampler("fltp", "stereo", each.rate).resample(each)
+    except (av.FFmpegError, ValueError):
+        return alike
+    shares = _pcm(mixed)
+    return np.asarray(shares / max(1.0, float(shares.sum(axis=1).max())), np.float32)
+
+
+def _packed(pcm: F32) -> F32:
+    """Samples (channels, n) as FFmpeg's "flt" has them, (1, n * channels). PyAV cannot make frames of eight planes."""
+    return np.ascontiguousarray(pcm.T).reshape(1, -1)
 
 
 def _mixed(pcm: F32, channels: int) -> F32:

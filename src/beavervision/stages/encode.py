@@ -24,7 +24,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from beavervision.errors import OutputError, UsageError
-from beavervision.files import partial
+from beavervision.files import partial, place_of
 from beavervision.media import Audio, Clip, Color, Matrix, Picture, Stage
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -53,7 +53,9 @@ FORMATS = {
 # prediction is for fades.
 _SPARED = {"veryfast": "me=dia:partitions=i4x4,i8x8:weightp=0"}
 _MATRIX_CODES = {Matrix.BT709: 1, Matrix.BT601: 6, Matrix.BT2020: 9}
-_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1"}
+# Of so many channels. Three, four, seven and eight have several layouts, and those that AAC and Opus know are not the same.
+_LAYOUTS = {1: "mono", 2: "stereo", 5: "5.0", 6: "5.1"}
+LAYOUTS = frozenset({*_LAYOUTS.values(), "5.0(side)", "5.1(side)"})  # the sound that can be written as it is
 # FFmpeg's usual coder takes two to three times as long, and is no nearer to the sound at such bit rates.
 AAC_OPTIONS = {"aac_coder": "fast"}
 _BITS_PER_CHANNEL = 96_000
@@ -64,17 +66,16 @@ def check_output(path: Path | str) -> None:
 
     Raises:
         UsageError: the suffix names no format that can be written; the message lists those that can.
-        OutputError: the folder is missing or not writable, or `path` is a folder.
+        OutputError: the folder is missing or not writable, or `path` is a folder, a device or a pipe.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: cannot write {path.suffix or 'a file without suffix'}. Use {', '.join(FORMATS)}.")
-    trial = partial(path)
     with _translated(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder. Name a file in it.")
-        if not path.parent.is_dir():
-            raise OutputError(f"The folder {path.parent} does not exist. Create it, or write elsewhere.")
+        place = place_of(path)
+        if not place.parent.is_dir():
+            raise OutputError(f"The folder {place.parent} does not exist. Create it, or write elsewhere.")
+        trial = partial(place)
         try:
             trial.touch(exist_ok=False)
         finally:
@@ -85,7 +86,8 @@ class Encode:
     """Writes clips as they pass: H.264 and AAC (mp4, m4v, mov, mkv), or VP9 and Opus (webm), by the path's suffix.
 
     preset and crf are those of x264, but that "veryfast" looks for motion as "superfast" does and has no weighted prediction; VP9
-    runs in its real-time mode with the same share of its own crf scale. threads is for the video encoder.
+    runs in its real-time mode with the same share of its own crf scale. threads is for the video encoder. Sound has one or two
+    channels, five (5.0) or six (5.1).
     """
 
     name = "encode"
@@ -93,14 +95,16 @@ class Encode:
     def __init__(self, preset: str = "veryfast", crf: int = 20, threads: int = 1) -> None:
         if preset not in PRESETS:
             raise UsageError(f"unknown preset {preset!r}. Known: {', '.join(PRESETS)}.")
-        if not 0 <= crf <= 51 or threads < 1:
-            raise UsageError("crf is 0 (best) to 51, and threads at least 1.")
+        if not 0 <= crf <= 51:
+            raise UsageError(f"crf is a number from 0 (best) to 51 (worst), not {crf}.")
+        if threads < 1:
+            raise UsageError(f"threads must be 1 or more, not {threads}.")
         self._preset = preset
         self._crf = crf
         self._threads = threads
 
     def to(self, path: Path | str) -> Stage:
-        """The stage that writes to `path`, replacing a file there once all clips have passed.
+        """The stage that writes to `path`, replacing a file there once all clips have passed; a symbolic link is followed.
 
         The stage yields each clip after writing it. The file comes to be when the stage has been read to its end; if
         that does not happen, because of an error, an interrupt or a reader that stops, nothing is left and an older
@@ -114,7 +118,9 @@ class Encode:
 
     def _write(self, clips: Iterator[Clip], path: Path) -> Iterator[Clip]:
         check_output(path)
-        part = partial(path)
+        with _translated(path):
+            place = place_of(path)
+        part = partial(place)
         writer: _Writer | None = None
         try:
             for clip in clips:
@@ -128,7 +134,7 @@ class Encode:
             with _translated(path):
                 writer.finish()
                 _flush_to_disk(part)
-                part.replace(path)
+                part.replace(place)
         finally:
             part.unlink(missing_ok=True)  # first, so that closing does not rearrange a file nobody wants
             if writer is not None:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from beavervision.errors import OutputError, UsageError
-from beavervision.files import whole
+from beavervision.files import check_place, whole
 from beavervision.media import U8, Clip, FaceState, Picture, Region, sample_at, to_rgb
 
 _SHEET_TILES = 32
@@ -175,3 +175,4 @@ def check_sheet(path: Path) -> None:
         raise UsageError(f"{path}: a contact sheet is a picture; name it with .png.")
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist. Create it, or write elsewhere.")
+    check_place(path)
