@@ -104,6 +104,9 @@ class _Counting:
     def detect(self, picture: Picture, *, tiles: bool = True, near: Crop | None = None) -> tuple[Detection, ...]:
         return nets().detect(picture, tiles=tiles, near=near)
 
+    def upright(self, picture: Picture, detection: Detection) -> Detection:
+        return nets().upright(picture, detection)
+
     def face(self, picture: Picture, crop: Crop, *, settle: int = 0, shapes: bool = True) -> Face | None:
         self.asked.append(picture)
         found = nets().face(picture, crop, settle=settle, shapes=shapes)
@@ -350,6 +353,7 @@ def test_a_small_face_that_was_lost_is_found_again_where_it_was_without_a_search
             asked.append((tiles, near is not None))
             return nets().detect(picture, tiles=tiles, near=near)
 
+        upright = staticmethod(nets().upright)
         face = staticmethod(nets().face)
 
     shown = [from_rgb(rgb) for rgb, times in ((small, 6), (gone, 8), (small, 6)) for _ in range(times)]
@@ -358,6 +362,78 @@ def test_a_small_face_that_was_lost_is_found_again_where_it_was_without_a_search
     assert states == [FaceState.OK] * 6 + [FaceState.LOST] * 10 + [FaceState.OK] * 4
     # At first and when it is lost everywhere, then once in five pictures where it was.
     assert asked == [(True, False), (True, True), (False, True), (False, True)]
+
+
+def upside_down(picture: Picture) -> Picture:
+    planes = (picture.y, picture.u, picture.v)
+    return Picture(*(np.ascontiguousarray(plane[::-1, ::-1]) for plane in planes))
+
+
+def points_of(picture: Picture) -> F32:
+    (one,) = track([picture])
+    assert one.states == (FaceState.OK,)
+    assert one.faces[0] is not None
+    return one.faces[0].points_px
+
+
+@pytest.mark.parametrize("turn_deg", [60, 90, 120, 150, 180, 210, 240, 270, 300])
+def test_a_turned_face_is_found_the_right_way_up(turn_deg: int) -> None:
+    turn = cv2.getRotationMatrix2D((225, 130), turn_deg, 1)  # as `moved` does
+    wanted = points_of(portrait())[:, :2] @ turn[:, :2].T + turn[:, 2]
+    found = points_of(moved(turn_deg=turn_deg))[:, :2]
+    assert np.linalg.norm(found - wanted, axis=1).mean() < 3
+    assert np.linalg.norm((found - wanted)[152]) < 6  # the chin
+
+
+def test_an_upside_down_face_is_followed_and_found_again() -> None:
+    upright = [moved(dx=2.0 * i) for i in range(6)]
+    pictures = [upside_down(picture) for picture in upright]
+    tracks = track([*pictures, *[empty()] * 6, *pictures], look_ahead=0)
+    faces = [face for t in tracks for face in t.faces]
+    assert all(face is not None and face.points_px[152, 1] < face.points_px[10, 1] for face in faces[:6] + faces[-2:])
+    wanted = centres(track(upright, look_ahead=0))
+    found = np.array([face.points_px[:, :2].mean(axis=0) for face in faces[:6] if face is not None])
+    assert np.abs(512 - found - wanted).max() < 0.3
+    seen = survey(pictures, nets(), FaceChoice())
+    assert seen.faces_seen == 1
+    assert len(seen.references) == 6
+
+
+def test_an_upside_down_face_that_is_not_found_as_such_is_looked_for() -> None:
+    rgb = cv2.GaussianBlur(moved(turn_deg=180, dy=100).rgb(portrait().region), (0, 0), 1)
+    dim = from_rgb((rgb * 0.1).astype(np.uint8))
+    assert nets().detect(dim, tiles=False) == ()
+    points = points_of(dim)
+    assert points[152, 1] < points[10, 1] - 50
+
+
+def test_an_upright_face_is_not_turned() -> None:
+    rgb = portrait_rgb()
+    half, other_half = rgb.copy(), rgb.copy()
+    half[:, :205] = 60
+    other_half[:, 240:] = 60  # of a closer look, that turned by a quarter has the best score
+    hard = [half, other_half, cv2.GaussianBlur(rgb, (0, 0), 4), (rgb * 0.1).astype(np.uint8)]
+    plain = points_of(portrait())
+    for picture in [portrait(), *(from_rgb(np.asarray(one, np.uint8)) for one in hard)]:
+        best = nets().detect(picture)[0]
+        crop = nets().upright(picture, best).crop
+        assert abs(crop.angle_rad) < 0.3
+        face = nets().face(picture, crop, settle=2)
+        assert face is not None
+        assert np.linalg.norm((face.points_px - plain)[:, :2], axis=1).mean() < 12
+    best = nets().detect(portrait())[0]
+    assert nets().upright(portrait(), best) is best
+
+
+def test_a_face_beside_another_is_not_taken_for_it() -> None:
+    """Side by side, one upside down: each is found once, each its own way up."""
+    here = portrait()
+    picture = two_faces(here, upside_down(here))
+    faces = detect.faces_in(picture, nets())
+    assert len(faces) == 2
+    left, right = sorted(faces, key=lambda face: float(face.points_px[:, 0].mean()))
+    assert left.points_px[152, 1] > left.points_px[10, 1]
+    assert right.points_px[152, 1] < right.points_px[10, 1]
 
 
 def test_fading_is_gradual_within_a_shot() -> None:

@@ -20,6 +20,7 @@ pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.answers import until
 from tests.live_server import LiveServer, served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -269,7 +270,7 @@ def test_typing_talking_stopping_and_expressions_reach_the_session(
     assert source.expressions[-1] == f"{preset}:0.8"
     page.click("#stop")
     holds(page, "document.querySelector('#state').textContent == 'The session has ended.'")
-    assert source.closed
+    until(lambda: source.closed)
 
 
 def test_the_fake_camera_becomes_the_face(flashing: LiveServer, live: Callable[..., Page]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
@@ -24,6 +23,12 @@ MESH_PX = 256
 _MIN_SCORE = 0.5
 _NEAR_SCALE = 1.6  # of what is searched around a crop of a mesh
 _MESH_SCALE = 1.5  # the mesh's crop against the face's box
+# The detector finds faces that are upside down too, but as upright or lying ones, and the mesh fits them so. Hardly any of them has
+# a score above `_SURE_SCORE`, or `_SURE_CLOSE_SCORE` in a closer look at `_CLOSE_SCALE` of its crop. Of all turns of that look the
+# right one has the best, above `_UPRIGHT_SCORE`; of a face that is blurred or half hidden all have less, which tells nothing.
+_SURE_SCORE, _SURE_CLOSE_SCORE, _UPRIGHT_SCORE = 0.9, 0.87, 0.8
+_CLOSE_SCALE = 1.3
+_QUARTER = np.pi / 2
 # The points that the blendshape net reads, in its order (MediaPipe's face_blendshapes_graph).
 # fmt: off
 _BLENDSHAPE_POINTS = np.array([
@@ -134,21 +139,39 @@ class FaceNets:
             self._shapes = load("face_blendshapes.tflite")
 
     def detect(self, picture: Picture, *, tiles: bool = True, near: Crop | None = None) -> tuple[Detection, ...]:
-        """All faces of a picture, best first; with `tiles` small ones too, down to about 1/20 of the height; with `near` those
-        about where that crop of a mesh was.
+        """All faces of a picture, best first; with `tiles` small ones too, down to about 1/20 of the height, and upside down where
+        none is found otherwise; with `near` those about where that crop of a mesh was, the same way up.
         """
         found: list[Detection] = []
-        for crop in itertools.islice(_search(picture.width_px, picture.height_px), None if tiles else 1):
+        whole, *parts = _search(picture.width_px, picture.height_px)
+        for crop in (whole, *parts) if tiles else (whole,):
             found += self._detect_in(picture, crop)
         if near is not None:
-            found += self._detect_in(picture, Crop(near.x_px, near.y_px, near.side_px * _NEAR_SCALE))
+            turn = round(near.angle_rad / _QUARTER) * _QUARTER
+            found += self._detect_in(picture, replace(near, side_px=near.side_px * _NEAR_SCALE, angle_rad=turn))
+        if tiles and not found:
+            found += self._detect_in(picture, replace(whole, angle_rad=np.pi))
         kept: list[Detection] = []
         for detection in sorted(found, key=lambda d: -d.score):
             if all(k.crop.overlap(detection.crop) < 0.3 for k in kept):
                 kept.append(detection)
         return tuple(kept)
 
+    def upright(self, picture: Picture, detection: Detection) -> Detection:
+        """The same face with its crop the right way up, should `detection` have it upside down or lying."""
+        if detection.score > _SURE_SCORE:
+            return detection
+        close = replace(detection.crop, side_px=detection.crop.side_px * _CLOSE_SCALE)
+        seen = [detection]
+        for turn in range(4):
+            found = self._detect_in(picture, replace(close, angle_rad=close.angle_rad + turn * _QUARTER))
+            seen += [d for d in found if d.score > _UPRIGHT_SCORE and d.crop.overlap(detection.crop) > 0.1]
+            if turn == 0 and any(d.score > _SURE_CLOSE_SCORE for d in seen[1:]):
+                break
+        return max(seen, key=lambda d: d.score)
+
     def _detect_in(self, picture: Picture, crop: Crop) -> list[Detection]:
+        """The faces in `crop`, which may be turned, best first."""
         matrix = crop.matrix(_DETECT_PX)
         image = picture.warped_rgb(matrix, _DETECT_PX).astype(np.float32) / 127.5 - 1
         boxes, scores = self._detector(image[None])
@@ -159,14 +182,12 @@ class FaceNets:
         raw[:, [0, 4, 6, 8, 10, 12, 14]] += _anchors()[:, :1]
         raw[:, [1, 5, 7, 9, 11, 13, 15]] += _anchors()[:, 1:]
         found: list[Detection] = []
-        back = crop.side_px
-        left, top = crop.x_px - back / 2, crop.y_px - back / 2
         while order.size:
-            best = Detection(_crop_of(raw[order[0]], left, top, back), float(score[order[0]]))
-            others = [best.crop.overlap(_crop_of(raw[i], left, top, back)) > 0.3 for i in order]
+            best = Detection(_crop_of(raw[order[0]], crop), float(score[order[0]]))
+            others = [best.crop.overlap(_crop_of(raw[i], crop)) > 0.3 for i in order]
             group = order[np.array(others)]
             mean = np.average(raw[group], axis=0, weights=score[group])
-            found.append(Detection(_crop_of(mean, left, top, back), best.score))
+            found.append(Detection(_crop_of(mean, crop), best.score))
             order = order[~np.array(others)]
         return found
 
@@ -212,8 +233,10 @@ def _search(width_px: int, height_px: int) -> Iterable[Crop]:
                 yield Crop(float(x), float(y), float(tile))
 
 
-def _crop_of(raw: F32, left: float, top: float, scale: float) -> Crop:
-    """The mesh's crop for one row of the detector: x, y, w, h, then six key points, the eyes first."""
+def _crop_of(raw: F32, seen: Crop) -> Crop:
+    """The mesh's crop for one row of the detector, which looked at `seen`: x, y, w, h, then six key points, the eyes first."""
     angle = float(np.arctan2(raw[7] - raw[5], raw[6] - raw[4]))
-    side = float(max(raw[2], raw[3])) * scale * _MESH_SCALE
-    return Crop(left + float(raw[0]) * scale, top + float(raw[1]) * scale, max(side, 1.0), angle)
+    side = float(max(raw[2], raw[3])) * seen.side_px * _MESH_SCALE
+    x, y = (float(part - 0.5) * seen.side_px for part in raw[:2])
+    cos, sin = float(np.cos(seen.angle_rad)), float(np.sin(seen.angle_rad))
+    return Crop(seen.x_px + cos * x - sin * y, seen.y_px + sin * x + cos * y, max(side, 1.0), seen.angle_rad + angle)

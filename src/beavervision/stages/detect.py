@@ -181,7 +181,9 @@ def faces_in(
 
     faces += [face for face in known if is_new(Crop.of_points(face.points_px))]
     for detection in nets.detect(picture, tiles=tiles, near=near):
-        face = nets.face(picture, detection.crop, settle=2) if is_new(detection.crop) else None
+        if not is_new(detection.crop):
+            continue
+        face = nets.face(picture, nets.upright(picture, detection).crop, settle=2)
         if face is not None and is_new(Crop.of_points(face.points_px)):
             faces.append(face)
     return tuple(faces)
