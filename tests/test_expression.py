@@ -641,6 +641,19 @@ def test_a_style_is_learned_from_motion(tmp_path: Path) -> None:
             Style.of(document)
 
 
+def test_the_sway_of_a_face_is_the_same_upside_down() -> None:
+    def tilting(by_deg: float) -> Iterator[Face | None]:
+        for i, face in enumerate(nodding(10, 0.1, 1.0, 3, 0.0)):
+            assert face is not None
+            roll = np.radians(by_deg + np.sin(i * 0.2) * 1.414)
+            turn = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+            yield replace(face, points_px=(face.points_px @ turn.T).astype(np.float32))
+
+    upright, upside_down = (Style.learn(tilting(by_deg), RATE).manner for by_deg in (0.0, 180.0))
+    assert upright.sway_deg[2] == pytest.approx(1.0, rel=0.1)
+    assert upside_down.sway_deg == pytest.approx(upright.sway_deg, abs=0.01)
+
+
 def test_a_style_changes_the_direction() -> None:
     clips = silence(60.0)
     lively = Style(1.0, {"mouthSmile": 0.3}, Manner(30, (2.5, 1, 1), 2.0))

@@ -40,7 +40,7 @@ def test_settings_of_expression_reach_the_worker_as_the_pipeline_takes_them(serv
         style=STYLE,
         alive=False,
     )  # fmt: skip
-    service._check_expression(asked)
+    service._understood(asked)
     dumped = asked.model_dump(exclude_none=True)
     assert dumped["alive"] is False and dumped["style"] == STYLE
     assert dumped["expression_track"][0] == {"time_s": 0.0, "expression": "sad", "ease": "in-out"}
@@ -63,7 +63,11 @@ def test_settings_of_expression_reach_the_worker_as_the_pipeline_takes_them(serv
 )
 def test_what_cannot_be_understood_is_refused_before_it_is_queued(service: Service, fields: dict[str, Any]) -> None:
     with pytest.raises(BeaverVisionError):
-        service._check_expression(settings(**fields))
+        service._understood(settings(**fields))
+
+
+def test_what_a_style_does_not_know_is_not_kept(service: Service) -> None:
+    assert service._understood(settings(style=STYLE | {"more": float("nan")})).style == STYLE
 
 
 @pytest.mark.parametrize(

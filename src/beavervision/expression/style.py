@@ -126,6 +126,9 @@ class Style:
             pose = mesh.fit_pose(face.points_px)
             gaps.append(float(mesh.gaps(pose.to_face(face.points_px))))
             roll_deg = float(np.degrees(np.arctan2(pose.rotation[1, 0], pose.rotation[0, 0])))
+            if turns:  # by the shorter way round from the last: a face that is upside down lies where degrees wrap
+                last_deg = turns[-1][2]
+                roll_deg = last_deg + (roll_deg - last_deg + 180) % 360 - 180
             turns.append((pose.yaw_deg, pose.pitch_deg, roll_deg))
             shapes.append(face.blendshapes)
         seconds = len(shapes) / float(rate)

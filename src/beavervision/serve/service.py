@@ -230,7 +230,7 @@ class Service:
             raise Problem(
                 422, "usage", "Say what the face should speak: send exactly one of the fields text and audio."
             )
-        self._check_expression(settings)
+        settings = self._understood(settings)
         self._check_phones(settings, audio is not None)
         if text is not None:
             self._check_text(text, settings)
@@ -318,15 +318,17 @@ class Service:
             )
         self._chunks(self._spoken(text), settings)
 
-    def _check_expression(self, settings: LipsyncSettings) -> None:
-        """Raises BeaverVisionError where the worker could not understand what the face is to express."""
+    def _understood(self, settings: LipsyncSettings) -> LipsyncSettings:
+        """The settings, their style without fields that nobody knows; raises BeaverVisionError where the worker could not
+        understand what the face is to express."""
         custom = ExpressionStore(self.settings.data_dir).looks()
         if settings.expression is not None:
             parse_expression(settings.expression, custom)
         if settings.expression_track is not None:
             Track.of([key.model_dump() for key in settings.expression_track], custom)
-        if settings.style is not None:
-            Style.of(settings.style)
+        if settings.style is None:
+            return settings
+        return settings.model_copy(update={"style": Style.of(settings.style).as_dict()})
 
     def _check_phones(self, settings: LipsyncSettings, recorded: bool) -> None:
         """Raises BeaverVisionError where the worker could not lead the lips by them."""
