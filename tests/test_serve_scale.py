@@ -74,6 +74,13 @@ def test_a_short_rush_starts_the_time_anew(scaler: Scaler, clock: Clock) -> None
     assert scaler.wanted(2, 0, 0) == 1
 
 
+def test_those_that_go_at_once_are_not_those_whom_a_job_waits_for(clock: Clock) -> None:
+    scaler = Scaler(1, 4, 0.0, clock)
+    assert scaler.wanted(3, 1, 1) == 2
+    assert scaler.wanted(2, 1, 1) == 2
+    assert scaler.wanted(2, 1, 0) == 1
+
+
 def used(device: str, *mib: int) -> list[MemoryOut]:
     return [
         MemoryOut(worker=f"worker-{i}", device=device, used_bytes=n << 20, budget_bytes=3000 << 20, utilisation=None)
