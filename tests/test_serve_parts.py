@@ -197,6 +197,15 @@ def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
         Keys.load(path)
 
 
+def test_a_key_is_added_to_a_last_line_that_does_not_end(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    ann = add_key(path, "ann")
+    path.write_text(path.read_text().strip())
+    bob = add_key(path, "bob")
+    keys = Keys.load(path)
+    assert (keys.owner(ann), keys.owner(bob)) == ("ann", "bob")
+
+
 def test_keys_of_a_running_service_follow_their_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     with pytest.raises(UsageError, match="cannot be read"):

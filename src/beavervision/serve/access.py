@@ -47,7 +47,8 @@ def add_key(path: Path, name: str) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE), "a") as file:
-            file.write(f"{name} {_hashed(key)}\n")
+            unended = path.read_bytes()[-1:] not in (b"", b"\n")  # as editors may leave it
+            file.write("\n" * unended + f"{name} {_hashed(key)}\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}. Check the folder and the rights.") from error
     return key
