@@ -342,6 +342,18 @@ def test_sound_that_is_refused_leaves_no_trace_and_may_be_pushed_again(engine: L
     assert session.stream(rate_hz).push(bytes(2)) == 2, "nothing was begun by what was refused"
 
 
+def test_sound_that_is_refused_does_not_say_at_which_rate_the_next_comes(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    stream = session.stream(RATE_HZ)
+    for _ in range(60):
+        stream.push(bytes(2 * RATE_HZ))
+    with pytest.raises(BusyError):
+        session.push_audio(bytes(2 * RATE_HZ), RATE_HZ)
+    session.end_audio()
+    watch(session, 75)
+    assert session.push_audio(bytes(320), 16_000) == 2
+
+
 def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
     session = engine.open(still())
     number = session.push_audio(bytes(320), 16_000)

@@ -346,12 +346,14 @@ class LiveSession:
             BusyError: more than a minute of sound waits.
         """
         with self._changed:
-            self._stream = self._stream or self.stream(rate_hz)
-            if rate_hz != self._stream.rate_hz:
+            stream = self._stream or self.stream(rate_hz)
+            if rate_hz != stream.rate_hz:
                 raise UsageError(
-                    f"The sound began at {self._stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
+                    f"The sound began at {stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
                 )
-            return self._stream.push(pcm16)
+            number = stream.push(pcm16)
+            self._stream = stream
+            return number
 
     def end_audio(self, utterance: int | None = None) -> None:
         """What :meth:`push_audio` brought is complete; nothing is done if that is not `utterance`, where one is given."""
