@@ -236,7 +236,7 @@ class _Person:
 
 class _Cast:
     """Who is seen in a stream, shot by shot. A face like none that was seen before has no mouth but its own: it gets a profile
-    of the first picture of its shot that shows it from the front."""
+    of the first picture of its shot that shows it from the front. Up to that one it is taken for the first person's."""
 
     def __init__(self, person: _Person, basis: MotionBasis, amplitude: float | None) -> None:
         self._basis, self._amplitude = basis, amplitude
@@ -252,7 +252,7 @@ class _Cast:
             if face is not None and shot != self._shot and abs(fit_pose(face.points_px).yaw_deg) < _FRONTAL_DEG:
                 self._shot = shot
                 self._now = self._who(picture, face)
-            people.append(self._now)
+            people.append(self._now if shot == self._shot else self._known[0])
         return people
 
     def _who(self, picture: Picture, face: Face) -> _Person:
