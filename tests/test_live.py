@@ -354,15 +354,15 @@ def test_sound_that_is_refused_does_not_say_at_which_rate_the_next_comes(engine:
     assert session.push_audio(bytes(320), 16_000) == 2
 
 
-def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
+def test_sound_of_another_rate_may_come_after_the_end(engine: LiveEngine) -> None:
     session = engine.open(still())
-    number = session.push_audio(bytes(320), 16_000)
-    session.end_audio(number + 1)
-    assert session.push_audio(bytes(320), 16_000) == number
-    session.end_audio(number)
-    assert session.push_audio(bytes(320), 8_000) == number + 1
     session.end_audio()
-    assert session.push_audio(bytes(320), 16_000) == number + 2
+    number = session.push_audio(bytes(320), 16_000)
+    with pytest.raises(UsageError, match="began at 16000 Hz, not 8000"):
+        session.push_audio(bytes(320), 8_000)
+    assert session.push_audio(bytes(320), 16_000) == number
+    session.end_audio()
+    assert session.push_audio(bytes(320), 8_000) == number + 1
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100])

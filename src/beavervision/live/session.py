@@ -355,14 +355,12 @@ class LiveSession:
             self._stream = stream
             return number
 
-    def end_audio(self, utterance: int | None = None) -> None:
-        """What :meth:`push_audio` brought is complete; nothing is done if that is not `utterance`, where one is given."""
+    def end_audio(self) -> None:
+        """What :meth:`push_audio` brought is complete."""
         with self._changed:
-            stream = self._stream
-            if stream is None or stream.utterance is None or utterance not in (None, stream.utterance.number):
-                return
-            self._stream = None
-            stream.end()
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.end()
 
     def stream(self, rate_hz: int) -> SoundStream:
         """A stream of sound of the caller's own, beside those of others and :meth:`push_audio`'s.
