@@ -388,8 +388,9 @@ def test_an_endless_upload_is_stopped_on_the_way(server: Server) -> None:
     until(lambda: server.files() == [])
 
 
-def test_a_face_that_is_none_is_told_which_there_are(server: Server, face: bytes) -> None:
-    answer = server.lipsync({"video": face, **GOOD, "settings": '{"face": "2,2"}'})
+@pytest.mark.parametrize("wanted", ["2,2", "left\n", ""])
+def test_a_face_that_is_none_is_told_which_there_are(server: Server, face: bytes, wanted: str) -> None:
+    answer = server.lipsync({"video": face, **GOOD, "settings": json.dumps({"face": wanted})})
     (error,) = answer.json["errors"]
     assert error["field"] == "face"
     assert error["message"].startswith("it is one of largest, speaker, left")
