@@ -415,6 +415,18 @@ def drawn_planes(out: list[Clip]) -> list[tuple[np.ndarray, ...]]:
     return [(made.y, made.u, made.v) for made in (picture.painted(patches) for picture, patches in pairs)]
 
 
+def test_a_face_that_is_not_seen_from_the_front_is_not_taken_for_the_one_before_the_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine = lipsync_beaver._Person.of(seen()[2])
+    cast = lipsync_beaver._Cast(mine, files().basis, None)
+    first, second, third = shots("aba", speech_rows())
+    assert set(cast(first)) == {mine}
+    assert mine not in cast(second)
+    monkeypatch.setattr(lipsync_beaver, "_FRONTAL_DEG", 0.0)
+    assert set(cast(third)) == {mine}
+
+
 @pytest.mark.parametrize("block", [8, 5])
 def test_a_person_whom_a_cut_brings_has_a_mouth_of_their_own(block: int) -> None:
     rows = speech_rows()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from beavervision.errors import OutputError
-from beavervision.files import check_place, partial, write_json
+from beavervision.errors import OutputError, UsageError
+from beavervision.files import check_apart, check_place, partial, write_json
 from tests.conftest import Ran
 
 Cli = Callable[..., Ran]
@@ -57,6 +57,14 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
         assert path.is_symlink()
         assert json.loads(path.resolve().read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["kept.json", "link.json", "new.json", "new.json", "there"]
+
+
+def test_what_is_no_name_of_a_file_is_no_input(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    check_apart(["1\n00:00:00,000 --> 00:00:01,000\n\0", "x" * 9999, None, {"rest": 1}], [path, None])
+    for inputs, outputs in (([str(path)], [path]), ([], [path, tmp_path / "." / "a.mp4"])):
+        with pytest.raises(UsageError, match="Give"):
+            check_apart(inputs, outputs)
 
 
 def test_links_that_lead_nowhere_are_told_of(tmp_path: Path) -> None:

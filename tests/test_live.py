@@ -342,15 +342,27 @@ def test_sound_that_is_refused_leaves_no_trace_and_may_be_pushed_again(engine: L
     assert session.stream(rate_hz).push(bytes(2)) == 2, "nothing was begun by what was refused"
 
 
-def test_sound_is_ended_by_its_number(engine: LiveEngine) -> None:
+def test_sound_that_is_refused_does_not_say_at_which_rate_the_next_comes(engine: LiveEngine) -> None:
     session = engine.open(still())
-    number = session.push_audio(bytes(320), 16_000)
-    session.end_audio(number + 1)
-    assert session.push_audio(bytes(320), 16_000) == number
-    session.end_audio(number)
-    assert session.push_audio(bytes(320), 8_000) == number + 1
+    stream = session.stream(RATE_HZ)
+    for _ in range(60):
+        stream.push(bytes(2 * RATE_HZ))
+    with pytest.raises(BusyError):
+        session.push_audio(bytes(2 * RATE_HZ), RATE_HZ)
     session.end_audio()
-    assert session.push_audio(bytes(320), 16_000) == number + 2
+    watch(session, 75)
+    assert session.push_audio(bytes(320), 16_000) == 2
+
+
+def test_sound_of_another_rate_may_come_after_the_end(engine: LiveEngine) -> None:
+    session = engine.open(still())
+    session.end_audio()
+    number = session.push_audio(bytes(320), 16_000)
+    with pytest.raises(UsageError, match="began at 16000 Hz, not 8000"):
+        session.push_audio(bytes(320), 8_000)
+    assert session.push_audio(bytes(320), 16_000) == number
+    session.end_audio()
+    assert session.push_audio(bytes(320), 8_000) == number + 1
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100])

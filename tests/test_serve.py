@@ -188,6 +188,12 @@ def test_a_request_answers_with_the_address_of_the_video(server: Server, tmp_pat
         assert (whole.status, whole.body) == (200, video.body), none
     two = server.call("GET", address, range="bytes=0-1, -2")
     assert two.status == 206 and two.headers["content-type"].startswith("multipart/byteranges")
+    one = server.call("GET", address, range=f"bytes={len(video.body)}-, 3-5, -0")
+    assert (one.status, one.body) == (206, video.body[3:6]), "those beyond the end are left out"
+    version = video.headers["etag"]
+    for wanted, given, status in (("3-5", version, 206), ("3-5", '"old"', 200), (f"{len(video.body)}-", '"old"', 200)):
+        answer = server.call("GET", address, range=f"bytes={wanted}", if_range=given)
+        assert answer.status == status, (wanted, given)
 
     tampered = address[:-1] + ("0" if address[-1] != "0" else "1")
     later = re.sub(r"expires=\d+", lambda m: f"expires={int(m[0][8:]) + 60}", address)
@@ -382,8 +388,9 @@ def test_an_endless_upload_is_stopped_on_the_way(server: Server) -> None:
     until(lambda: server.files() == [])
 
 
-def test_a_face_that_is_none_is_told_which_there_are(server: Server, face: bytes) -> None:
-    answer = server.lipsync({"video": face, **GOOD, "settings": '{"face": "2,2"}'})
+@pytest.mark.parametrize("wanted", ["2,2", "left\n", ""])
+def test_a_face_that_is_none_is_told_which_there_are(server: Server, face: bytes, wanted: str) -> None:
+    answer = server.lipsync({"video": face, **GOOD, "settings": json.dumps({"face": wanted})})
     (error,) = answer.json["errors"]
     assert error["field"] == "face"
     assert error["message"].startswith("it is one of largest, speaker, left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +26,8 @@ pytest.importorskip("fastapi", reason="the service needs the extra serve")
 
 from beavervision import metrics
 from beavervision.errors import MediaError, NoAudioError, UsageError
+from beavervision.serve import access, worker
 from beavervision.serve import guard as guard_module
-from beavervision.serve import worker
 from beavervision.serve.access import KeyRing, Keys, Links, add_key, is_loopback, secret
 from beavervision.serve.guard import Guard, Limits
 from beavervision.serve.jobs import Job, NewJob, State, new_id
@@ -195,6 +197,15 @@ def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
         Keys.load(path)
 
 
+def test_a_key_is_added_to_a_last_line_that_does_not_end(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    ann = add_key(path, "ann")
+    path.write_text(path.read_text().strip())
+    bob = add_key(path, "bob")
+    keys = Keys.load(path)
+    assert (keys.owner(ann), keys.owner(bob)) == ("ann", "bob")
+
+
 def test_keys_of_a_running_service_follow_their_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     with pytest.raises(UsageError, match="cannot be read"):
@@ -217,6 +228,67 @@ def test_keys_of_a_running_service_follow_their_file(tmp_path: Path) -> None:
     assert owner(bob) == "bob"
     path.unlink()
     assert owner(bob) is None
+
+
+def test_a_key_file_that_cannot_be_read_for_a_moment_counts_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    ann = add_key(path, "ann")
+    ring = KeyRing(path, required=True)
+    path.write_text("")  # ann's key is withdrawn
+    with monkeypatch.context() as full:
+
+        def no_more_files(*_: object, **__: object) -> str:
+            raise OSError(errno.EMFILE, "too many open files")
+
+        full.setattr(Path, "read_text", no_more_files)
+        for _ in range(3):
+            assert ring.keys is not None and ring.keys.owner(ann) == "ann"
+    assert len(caplog.records) == 1
+    assert ring.keys is not None and ring.keys.owner(ann) is None
+
+
+def test_keys_that_change_between_two_threads_are_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    ann = add_key(path, "ann")
+    ring = KeyRing(path, required=True)
+    add_key(path, "bob")
+    load, has_read, goes_on = Keys.load, threading.Event(), threading.Event()
+
+    def loaded(path: Path) -> Keys:
+        keys = load(path)
+        if threading.current_thread() is slow:
+            has_read.set()
+            assert goes_on.wait(60)
+        return keys
+
+    def told(*_: object) -> None:
+        if threading.current_thread() is not slow:
+            goes_on.set()
+            slow.join()
+
+    monkeypatch.setattr(Keys, "load", loaded)
+    monkeypatch.setattr(access._LOG, "info", told)
+    slow = threading.Thread(target=lambda: ring.keys)
+    slow.start()
+    assert has_read.wait(60)
+    path.write_text("")  # all keys are withdrawn
+    for _ in range(2):
+        assert ring.keys is not None
+    assert ring.keys.owner(ann) is None
+
+
+def test_a_key_file_is_read_again_though_it_looks_as_old_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    ann, before = add_key(path, "ann"), path.stat()
+    ring = KeyRing(path, required=True)
+    time.sleep(0.02)  # more than the grain of the file system's clock
+    path.write_text(path.read_text().replace("ann", "bob"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ring.keys is not None and ring.keys.owner(ann) == "bob"
 
 
 def test_the_secret_is_made_once_and_links_depend_on_it(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the service needs the extra serve")
 pytest.importorskip("pg8000", reason="needs the extra postgres")
 
+from sqlalchemy import Engine, event
+
 from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import Job, JobTable, KeyReusedError, NewJob, QueueFullError, State, new_id
 from beavervision.serve.storage import LocalStorage
@@ -90,6 +92,16 @@ def table(database: str, clock: Clock) -> Iterator[JobTable]:
 
 def queued(table: JobTable, owner: str = "me", key: str | None = None, fingerprint: str = "f") -> Job:
     return table.add(NewJob(new_id(), owner, {"text": "Hi."}, fingerprint, key, "https://example.com/"), 1000)[0]
+
+
+def test_a_job_that_is_taken_in_that_moment_is_counted_once(database: str, table: JobTable, clock: Clock) -> None:
+    queued(table)
+    other = JobTable(database, attempts=ATTEMPTS, lease_s=LEASE_S, clock=clock)
+    event.listen(Engine, "after_cursor_execute", lambda *_: other.take("a"), once=True)
+    waiting, workers = table.demand()
+    other.close()
+    assert waiting + len(workers) == 1
+    assert table.demand() == (0, frozenset({"a"}))
 
 
 def test_many_workers_take_each_job_once(database: str, table: JobTable) -> None:

@@ -13,8 +13,12 @@ pytest.importorskip("fastapi", reason="the service needs the extra serve")
 
 from beavervision.errors import UsageError
 from beavervision.evaluate.samples import portrait as sample_portrait
+from beavervision.serve import exposition
+from beavervision.serve.jobs import NewJob, new_id
+from beavervision.serve.place import Place
 from beavervision.serve.scaling import Scaler, room
 from beavervision.serve.schema import MemoryOut
+from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
 from tests.answers import until
 from tests.test_serve import started
@@ -74,6 +78,13 @@ def test_a_short_rush_starts_the_time_anew(scaler: Scaler, clock: Clock) -> None
     assert scaler.wanted(2, 0, 0) == 1
 
 
+def test_those_that_go_at_once_are_not_those_whom_a_job_waits_for(clock: Clock) -> None:
+    scaler = Scaler(1, 4, 0.0, clock)
+    assert scaler.wanted(3, 1, 1) == 2
+    assert scaler.wanted(2, 1, 1) == 2
+    assert scaler.wanted(2, 1, 0) == 1
+
+
 def used(device: str, *mib: int) -> list[MemoryOut]:
     return [
         MemoryOut(worker=f"worker-{i}", device=device, used_bytes=n << 20, budget_bytes=3000 << 20, utilisation=None)
@@ -97,6 +108,22 @@ def used(device: str, *mib: int) -> list[MemoryOut]:
 )
 def test_no_worker_is_started_that_memory_has_no_room_for(memory: list[MemoryOut], more: int, fits: bool) -> None:
     assert room(memory, more) is fits
+
+
+def test_a_worker_more_waits_until_memory_has_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(serve_folder=tmp_path, serve_workers_max=2)
+    place = Place.open(settings)
+    supervisor = Supervisor(settings, place)
+    assert supervisor._scaler is not None
+    told = used("cpu", 1600)
+    monkeypatch.setattr(exposition, "memory", lambda folder: told)
+    for _ in range(2):
+        place.table.add(NewJob(new_id(), "me", {}, "f"), 9)
+    for names in (["worker-0"], ["worker-0", "worker-1"]):
+        supervisor._scale(supervisor._scaler)
+        assert [worker.slot for worker in supervisor.workers()] == names
+        told[:] = used("cpu", 1000)
+    place.table.close()
 
 
 def test_fewer_at_most_than_at_least_is_refused() -> None:

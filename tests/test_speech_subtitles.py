@@ -55,6 +55,11 @@ def test_cues_come_by_time_and_without_empty_ones() -> None:
     assert parse_srt(text) == (Cue(2, 3250, 4000, "7"), Cue(1, 5000, 6000, "Later 42"))
 
 
+def test_long_lines_are_looked_at_once() -> None:
+    first, _ = parse_srt(SRT.replace("Hello <i>there</i>,", "1:" * 20_000 + " and --> so on"))
+    assert len(first.text) > 40_000
+
+
 @pytest.mark.parametrize(
     "said", ["-->", "Go from A --> B.", "Step 1 --> step 2", "<i>x</i> --> y: 3", "So --> 10:30 it is"]
 )

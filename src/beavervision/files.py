@@ -85,7 +85,7 @@ def check_apart(inputs: Iterable[object], outputs: Iterable[Path | str | None]) 
     Raises:
         UsageError: it would.
     """
-    read = {os.path.realpath(path) for path in inputs if isinstance(path, (str, Path))}
+    read = {os.path.realpath(path) for path in inputs if isinstance(path, (str, Path)) and "\0" not in str(path)}
     written: set[str] = set()
     for path in (os.path.realpath(path) for path in outputs if path is not None):
         if path in read:

@@ -346,21 +346,21 @@ class LiveSession:
             BusyError: more than a minute of sound waits.
         """
         with self._changed:
-            self._stream = self._stream or self.stream(rate_hz)
-            if rate_hz != self._stream.rate_hz:
+            stream = self._stream or self.stream(rate_hz)
+            if rate_hz != stream.rate_hz:
                 raise UsageError(
-                    f"The sound began at {self._stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
+                    f"The sound began at {stream.rate_hz} Hz, not {rate_hz}. End it before another begins."
                 )
-            return self._stream.push(pcm16)
+            number = stream.push(pcm16)
+            self._stream = stream
+            return number
 
-    def end_audio(self, utterance: int | None = None) -> None:
-        """What :meth:`push_audio` brought is complete; nothing is done if that is not `utterance`, where one is given."""
+    def end_audio(self) -> None:
+        """What :meth:`push_audio` brought is complete."""
         with self._changed:
-            stream = self._stream
-            if stream is None or stream.utterance is None or utterance not in (None, stream.utterance.number):
-                return
-            self._stream = None
-            stream.end()
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.end()
 
     def stream(self, rate_hz: int) -> SoundStream:
         """A stream of sound of the caller's own, beside those of others and :meth:`push_audio`'s.

@@ -24,6 +24,7 @@ from beavervision.settings import Settings
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64})\s+([0-9a-f]{64})((?:\s+[a-z_]+=[0-9.]{1,12})*)")
 _PRIVATE = 0o600
+_Stamp = tuple[int, int, int]
 _LOG = logging.getLogger("beavervision.serve")
 
 
@@ -46,7 +47,8 @@ def add_key(path: Path, name: str) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE), "a") as file:
-            file.write(f"{name} {_hashed(key)}\n")
+            unended = path.read_bytes()[-1:] not in (b"", b"\n")  # as editors may leave it
+            file.write("\n" * unended + f"{name} {_hashed(key)}\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}. Check the folder and the rights.") from error
     return key
@@ -108,32 +110,39 @@ class KeyRing:
 
     def __init__(self, path: Path, required: bool) -> None:
         self._path = path
-        self._seen = _stamp(path)
-        self._keys = Keys.load(path) if required or self._seen is not None else None
+        seen = _stamp(path)
+        # Both at once: threads that read at the same time do not leave the keys of one with the stamp of another.
+        self._read = seen, (Keys.load(path) if required or seen is not None else None)
+        self._refused: _Stamp | None = None
 
     @property
     def keys(self) -> Keys | None:
-        """Those of now; None where there never were any. A file that cannot be read leaves those that were."""
+        """Those of now; None where there never were any. A file that cannot be read leaves those that were, until it can."""
+        before, keys = self._read
         seen = _stamp(self._path)
-        if seen != self._seen:
-            try:
-                if seen is not None:
-                    self._keys = Keys.load(self._path)
-                elif self._keys is not None:
-                    self._keys = Keys({})
-                _LOG.info("the keys of %s have changed", self._path)
-            except UsageError as error:
+        if seen == before:
+            return keys
+        try:
+            if seen is not None:
+                keys = Keys.load(self._path)
+            elif keys is not None:
+                keys = Keys({})
+        except UsageError as error:
+            if seen != self._refused:
                 _LOG.error("the keys stay as they were: %s", error)
-            self._seen = seen
-        return self._keys
+            self._refused = seen
+            return keys
+        self._read = seen, keys
+        _LOG.info("the keys of %s have changed", self._path)
+        return keys
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> _Stamp | None:
     try:
         facts = path.stat()
     except OSError:
         return None
-    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+    return facts.st_ctime_ns, facts.st_size, facts.st_ino
 
 
 def _limits(words: list[str], where: str) -> dict[str, float]:

@@ -28,9 +28,11 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     and_,
+    case,
     delete,
     func,
     insert,
+    null,
     or_,
     select,
     update,
@@ -457,10 +459,13 @@ class JobTable:
 
     def demand(self) -> tuple[int, frozenset[str]]:
         """How many jobs could be taken now, and the workers that have one."""
-        held = select(_JOBS.c.worker).where(_JOBS.c.state == State.RUNNING, _JOBS.c.lease_until_s >= self._clock())
-        ready = select(func.count()).select_from(_JOBS).where(self._ready())
+        ready = self._ready()
+        # In one query: a job that is taken between two would be in both.
+        holder = case((ready, null()), else_=_JOBS.c.worker)
         with self.database.read() as connection:
-            return connection.execute(ready).scalar_one(), frozenset(connection.execute(held).scalars())
+            query = select(holder).where(or_(ready, _JOBS.c.state == State.RUNNING))
+            holders = connection.execute(query).scalars().all()
+        return holders.count(None), frozenset(holders) - {None}
 
     def figures(self) -> Figures:
         since = _JOBS.c.ended_s > self._clock() - _DAY_S

@@ -28,7 +28,7 @@ class Scaler:
         self._spare_since_s[spare:] = [now_s] * (self._most - spare)
         if workers < busy + waiting:
             return max(self._least, min(self._most, busy + waiting))
-        idle = sum(now_s - since_s >= self._idle_s for since_s in self._spare_since_s)
+        idle = sum(now_s - since_s >= self._idle_s for since_s in self._spare_since_s[:spare])
         return max(self._least, workers - idle)
 
 

@@ -19,7 +19,7 @@ _FACES = "largest, speaker, left, right, center, a number from 0 (left), or x,y 
 
 
 def _face_name(text: str) -> str:
-    if re.search(FACE, text) is None:
+    if re.fullmatch(FACE, text) is None:
         raise PydanticCustomError("face", f"it is one of {_FACES}")
     return text
 

@@ -12,7 +12,6 @@ from beavervision.files import unreadable
 
 _TIME = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{2})(?:[,.](\d{1,3}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
-_LIKE_TIMES = re.compile(r"\s*\S*\d\S*:\S*\s*-->")
 _TAG = re.compile(r"<[^<>\n]*>|\{\\[^{}\n]*\}")
 _SKIPPED_BLOCKS = ("NOTE", "STYLE", "REGION")  # of WebVTT
 
@@ -91,10 +90,15 @@ def _ms(parts: tuple[str | None, ...]) -> int:
 
 def _is_of_times(lines: list[str], i: int) -> bool:
     """Whether line `i`, which has an arrow, is meant to be a cue's times, if damaged ones, and not its text."""
-    if _TIMES.match(lines[i]) or _LIKE_TIMES.match(lines[i]):
+    words = lines[i].partition("-->")[0].split()
+    if len(words) == 1 and _has_digit(words[0].rpartition(":")[0]):
         return True
     before = lines[i - 1].strip() if i else ""
-    return (not before or before.isdigit()) and any(letter.isdigit() for letter in lines[i])
+    return (not before or before.isdigit()) and _has_digit(lines[i])
+
+
+def _has_digit(text: str) -> bool:
+    return any(letter.isdigit() for letter in text)
 
 
 def _block_header(lines: list[str], i: int) -> str:

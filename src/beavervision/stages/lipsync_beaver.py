@@ -236,7 +236,7 @@ class _Person:
 
 class _Cast:
     """Who is seen in a stream, shot by shot. A face like none that was seen before has no mouth but its own: it gets a profile
-    of the first picture of its shot that shows it from the front."""
+    of the first picture of its shot that shows it from the front. Up to that one it is taken for the first person's."""
 
     def __init__(self, person: _Person, basis: MotionBasis, amplitude: float | None) -> None:
         self._basis, self._amplitude = basis, amplitude
@@ -252,7 +252,7 @@ class _Cast:
             if face is not None and shot != self._shot and abs(fit_pose(face.points_px).yaw_deg) < _FRONTAL_DEG:
                 self._shot = shot
                 self._now = self._who(picture, face)
-            people.append(self._now)
+            people.append(self._now if shot == self._shot else self._known[0])
         return people
 
     def _who(self, picture: Picture, face: Face) -> _Person:
@@ -260,18 +260,13 @@ class _Cast:
         if region is None or self._known[0].profile.looks is None:
             return self._known[0]
         seen = Reference(region, picture.rgb(region), face)
-        look = _look(seen)
+        look = likeness(seen.rgb, region, face.points_px, fit_pose(face.points_px))
         apart = [np.inf if (looks := one.profile.looks) is None else unlike(look, looks) for one in self._known]
         if min(apart) < 1:
             return self._known[int(np.argmin(apart))]
         new = _Person.of(profile_of([seen], self._basis, self._amplitude))
         self._known = [self._known[0], *self._known[1:][-_MOST_OTHERS + 1 :], new]
         return new
-
-
-def _look(seen: Reference) -> F32:
-    points = seen.face.points_px
-    return likeness(seen.rgb, seen.region, points, fit_pose(points))
 
 
 def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: float | None = None) -> Profile:
@@ -294,7 +289,7 @@ def profile_of(references: Sequence[Reference], basis: MotionBasis, amplitude: f
         amplitude = float(np.clip(gaps.std() / GAP_STD, *_AMPLITUDES)) if moves else 1.0
     most_open = references[frontal[int(np.argmax(gaps))]]
     shown = most_open if gaps.max() > _LEAST_SHOWN else _imagined(most_open, basis)
-    looks = np.stack([_look(reference) for reference in references])
+    looks = np.stack([likeness(r.rgb, r.region, r.face.points_px, p) for r, p in zip(references, poses, strict=True)])
     return Profile(rest.astype(np.float32), _UNMET_GAIN * amplitude, () if shown is None else (shown,), looks)
 
 
