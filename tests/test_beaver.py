@@ -386,6 +386,23 @@ def test_the_reference_has_its_corners_where_those_of_a_wider_mouth_are(wider: f
     np.testing.assert_allclose(jaw, skull, atol=1e-3)
 
 
+def test_an_imagined_mouth_that_opens_further_shows_its_upper_teeth_once() -> None:
+    turn = np.linspace(np.pi, 3 * np.pi, 20, endpoint=False)
+    lips = np.stack([48 + 25 * np.cos(turn), 36 + 8 * np.sin(turn)], axis=1).astype(np.float32)
+    layers = np.zeros((4, 80, 96), np.float32)
+    layers[3] = filled(lips, (80, 96)) / np.float32(255)
+    layers[:3, 28:34] = 1  # teeth
+    wider = lips.copy()
+    wider[11:, 1] += 10
+    skull, jaw = np.empty((2, 4, 80, 96), np.float32)
+    _ReferenceMouth(layers, lips, imagined=True).show(wider, slice(0, 80), skull, jaw)
+    for shown in (skull, jaw):
+        assert (shown[0, 28:34, 48] == 1).all() and (shown[0, 35:, 48] == 0).all()
+        assert np.ptp(np.flatnonzero(shown[3, :, 48])) == pytest.approx(26, abs=2)
+    _ReferenceMouth(layers, lips).show(wider, slice(0, 80), skull, jaw)
+    assert (skull == layers).all() and jaw[0, 41, 48] == 1, "what was seen hangs on the jaw as it is"
+
+
 @pytest.mark.parametrize("yaw_deg", [0, 30, 60])
 def test_no_triangle_that_a_turned_head_hides_is_drawn(yaw_deg: float) -> None:
     """On the far side of a turned head the mesh folds over itself: there the nearer of two triangles must be the one drawn."""

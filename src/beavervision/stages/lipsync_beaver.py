@@ -70,6 +70,7 @@ _PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
 _PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
 _LOWER_MIDDLE, _CORNERS = slice(14, 17), [0, 10]  # of mesh.INNER_LIP
 _SPARE = 1.06  # by how much a mouth may be wider than that of the reference
+_DARK_AT = np.array([0.45, 0.55], np.float32)  # of the upper and of the lower lip, in an imagined mouth
 _KEPT = 0.55  # of the reference's opening to either side: as wide in a wider mouth, for front teeth are
 _MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is painted
 
@@ -315,7 +316,7 @@ def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
         return None
     drawing.imagine()
     opened = picture.painted((drawing.patch(),)).rgb(Region(0, 0, region.width_px, region.height_px))
-    return Reference(region, opened, replace(reference.face, points_px=target + origin))
+    return Reference(region, opened, replace(reference.face, points_px=target + origin), imagined=True)
 
 
 def _part_lips(points_px: F32) -> None:
@@ -558,6 +559,7 @@ class _ReferenceMouth:
 
     layers: F32
     lips: F32  # (20, 2), mesh.INNER_LIP in the crop
+    imagined: bool = False
 
     @classmethod
     def of(cls, references: Sequence[Reference]) -> _ReferenceMouth:
@@ -571,22 +573,28 @@ class _ReferenceMouth:
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
         _view(to_planes(reference.rgb, Color()), Color(), local, layers[:3])
         np.multiply(_polygon(lips, PAINT_SIZE), np.float32(1 / 255), out=layers[3])
-        return cls(layers, lips)
+        return cls(layers, lips, reference.imagined)
 
     def show(self, lips: F32, rows: slice, skull: F32, jaw: F32) -> None:
         """Put the `rows` of the layers into `skull` as they are, and into `jaw` moved so that the lower lip's middle comes to that
-        of `lips`; drawn out at the sides where these are wider."""
+        of `lips`; drawn out at the sides where these are wider, and an imagined one where they open further."""
         layers = self.layers
         if not layers[3].any():
             skull[:] = jaw[:] = layers[:, rows]
             return
         columns = self._columns(lips)
-        if columns is not None:
-            places = np.meshgrid(columns, np.arange(PAINT_SIZE[1], dtype=np.float32))
-            layers = np.stack([cv2.remap(layer, *places, cv2.INTER_LINEAR) for layer in layers])
-        skull[:] = layers[:, rows]
         dx, dy = (lips - self.lips)[_LOWER_MIDDLE].mean(axis=0)
-        shift = np.array([[1, 0, dx], [0, 1, dy - rows.start]], np.float32)
+        more = max(dy, 0) if self.imagined else 0
+        if columns is not None or more > 0:
+            # An imagined mouth is drawn out between teeth and tongue: else its upper teeth would show once more, on the jaw.
+            middle = _DARK_AT @ self.lips[[5, 15], 1]
+            y = np.arange(PAINT_SIZE[1], dtype=np.float32)
+            y = np.where(y > middle, np.maximum(y - more, middle), y).astype(np.float32)
+            places = np.meshgrid(np.arange(PAINT_SIZE[0], dtype=np.float32) if columns is None else columns, y)
+            edge = cv2.BORDER_REPLICATE
+            layers = np.stack([cv2.remap(layer, *places, cv2.INTER_LINEAR, borderMode=edge) for layer in layers])
+        skull[:] = layers[:, rows]
+        shift = np.array([[1, 0, dx], [0, 1, dy - more - rows.start]], np.float32)
         size = jaw.shape[:0:-1]
         for layer, moved, edge in zip(layers, jaw, (*(cv2.BORDER_REPLICATE,) * 3, cv2.BORDER_CONSTANT), strict=True):
             cv2.warpAffine(layer, shift, size, dst=moved, borderMode=edge)
