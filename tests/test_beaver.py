@@ -30,7 +30,14 @@ from beavervision.speech import speak
 from beavervision.stages import lipsync_beaver
 from beavervision.stages.detect import FaceChoice, survey
 from beavervision.stages.hear import LOG_MEL_DENSE, Resampler
-from beavervision.stages.lipsync_beaver import _LOWER_POINTS, BeaverSync, _Ear, _topology, profile_of
+from beavervision.stages.lipsync_beaver import (
+    _LOWER_POINTS,
+    BeaverSync,
+    _Ear,
+    _ReferenceMouth,
+    _topology,
+    profile_of,
+)
 from tests.faces import portrait, somebody_else
 
 RATE = Fraction(25)
@@ -357,6 +364,43 @@ def test_what_is_painted_from_some_rows_lies_where_it_does_from_all(monkeypatch:
     assert set(seen_rows) == {80}
     for (one,), (other,) in zip(low, whole, strict=True):
         assert np.abs(one.y.astype(int) - other.y).max() <= 1
+
+
+@pytest.mark.parametrize("wider", [0.8, 1.0, 1.3])
+def test_the_reference_has_its_corners_where_those_of_a_wider_mouth_are(wider: float) -> None:
+    turn = np.linspace(np.pi, 3 * np.pi, 20, endpoint=False)
+    lips = np.stack([48 + 25 * np.cos(turn), 36 + 12 * np.sin(turn)], axis=1).astype(np.float32)
+    layers = np.zeros((4, 80, 96), np.float32)
+    layers[0] = np.arange(96)
+    layers[3] = filled(lips, (80, 96)) / np.float32(255)
+    wanted = lips.copy()
+    wanted[:, 0] += (lips[:, 0] - 48) * np.float32(wider - 1)
+    skull, jaw = np.empty((2, 4, 80, 96), np.float32)
+    _ReferenceMouth(layers, lips).show(wanted, slice(0, 80), skull, jaw)
+    assert (skull[0, :, 38:58] == layers[0, :, 38:58]).all(), "front teeth keep their width"
+    if wider <= 1:
+        assert (skull == layers).all()
+        return
+    across = np.flatnonzero(skull[3, 36] > 0.5)
+    assert np.ptp(across) == pytest.approx(50 * wider / 1.06, abs=2)
+    np.testing.assert_allclose(jaw, skull, atol=1e-3)
+
+
+def test_an_imagined_mouth_that_opens_further_shows_its_upper_teeth_once() -> None:
+    turn = np.linspace(np.pi, 3 * np.pi, 20, endpoint=False)
+    lips = np.stack([48 + 25 * np.cos(turn), 36 + 8 * np.sin(turn)], axis=1).astype(np.float32)
+    layers = np.zeros((4, 80, 96), np.float32)
+    layers[3] = filled(lips, (80, 96)) / np.float32(255)
+    layers[:3, 28:34] = 1  # teeth
+    wider = lips.copy()
+    wider[11:, 1] += 10
+    skull, jaw = np.empty((2, 4, 80, 96), np.float32)
+    _ReferenceMouth(layers, lips, imagined=True).show(wider, slice(0, 80), skull, jaw)
+    for shown in (skull, jaw):
+        assert (shown[0, 28:34, 48] == 1).all() and (shown[0, 35:, 48] == 0).all()
+        assert np.ptp(np.flatnonzero(shown[3, :, 48])) == pytest.approx(26, abs=2)
+    _ReferenceMouth(layers, lips).show(wider, slice(0, 80), skull, jaw)
+    assert (skull == layers).all() and jaw[0, 41, 48] == 1, "what was seen hangs on the jaw as it is"
 
 
 @pytest.mark.parametrize("yaw_deg", [0, 30, 60])

@@ -441,11 +441,13 @@ class Clip:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """A picture region of the person kept for drawing: rgb (h, w, 3) of `region`, and the face seen there."""
+    """A picture region of the person kept for drawing: rgb (h, w, 3) of `region`, and the face seen there; whether its open
+    mouth is `imagined`."""
 
     region: Region
     rgb: U8
     face: Face
+    imagined: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -318,6 +318,9 @@ class _Planes:
         half = _halved(_shrunk(where))
         alphas = layer.alpha, _shrunk(layer.alpha)
         made = [self._cubic(where), *(_linear(plane, half) for plane in self._chroma)]
+        if layer.bright is not None:
+            luma = made[0].reshape(2, *layer.bright.shape)
+            np.minimum(luma, np.maximum(np.minimum(luma[0], luma[1]), layer.bright), out=luma)
         rests = [1 - alpha for alpha in alphas]
         for plane, to, by in zip(made, self._to, (1, 2, 2), strict=True):
             alpha, rest = alphas[by - 1], rests[by - 1]
@@ -520,11 +523,13 @@ class _Eyes:
         room = seam - y
         above = swept * (y * -up - (self.lash_px * up + 1)).clip(-1, 0)
         below = rise * _unit(room * np.float32(1 / (_BELOW * self.scale_px)) + 1)
-        upper = room > 0
+        apart = _unit(seam - margin)
+        # Beneath the eyeball's soft lower edge is the lower lid, not what is drawn back above.
+        upper = room > np.float32(0.5) * apart
         alpha = _unit(np.minimum(y - margin, room) + np.float32(0.5))
         meets = close_upper + close_lower > _MEETS
         if meets.any():  # they may be less than a pixel apart
-            alpha = np.minimum(alpha, np.where(meets, _unit(seam - margin), 1))
+            alpha = np.minimum(alpha, np.where(meets, apart, 1))
         opens = -widest * self.closes
         # How much of what is seen a lid shades that is drawn back so far; 0 for one that bares nothing.
         over, under = np.where(opens > _BARES_PX, np.minimum(np.float32(_SHADE * self.scale_px), opens), np.float32(0))
@@ -625,12 +630,13 @@ class _Eyes:
         upper, lower = (_heights(self.lids, _PART) - cy).transpose(1, 0, 2)[..., None]
         middle = (upper + lower) * np.float32(0.5)
         top, low = np.minimum(upper + over, middle), np.maximum(lower - np.float32(0.6) * under, middle)
-        # How high a circle around the pupil meets the lid; the lids are nearly level there.
+        # How high a circle around the pupil meets the lid; the lids are nearly level there. What lies nearer to the pupil's level,
+        # as towards the corners, stays as far to the side as it is: on the circle it would come into the iris.
         to_part = _PARTS / self.span_px
         first = np.arange(len(top))[:, None, None] * (_PARTS + 1)
         index = (cx * to_part).clip(0, _PARTS).astype(np.intp) + first
         level = np.where(dy < 0, top.take(index), low.take(index))
-        reach = np.sqrt(np.maximum(dx * dx + dy * dy - level * level, 0))
+        reach = np.sqrt(dx * dx + np.maximum(dy * dy - level * level, 0))
         far = dx / self.radius_px
         aside = _unit(np.abs(far) - 1)  # far from the iris all is white, and there is no further
         left, right = np.float32(0.1) * self.span_px - cx, np.float32(0.9) * self.span_px - cx
@@ -645,9 +651,16 @@ class _Eyes:
         where = np.stack([ball.where, ball.where], axis=1)  # from the left and from the right, (2, 2, n, h, w)
         np.copyto(where[..., rows, columns], new, where=hidden)
         alpha = np.stack([ball.alpha, np.zeros_like(ball.alpha)])
-        alpha[1, :, rows, columns] = ball.alpha[:, rows, columns] * share
+        whole = ball.alpha[:, rows, columns]
+        alpha[1, :, rows, columns] = right = whole * share
+        # At the lids' soft edges, too, the one shows as much less of itself as the other shows.
+        alpha[0, :, rows, columns] = (whole - right) / np.maximum(1 - right, np.float32(1e-6))
+        # What shines in the iris shines on one side of it, and would become a ring.
+        round_it = np.sqrt(dx * dx + dy * dy) / self.radius_px
+        bright = np.full(ball.alpha.shape, 255, np.uint8)
+        bright[:, rows, columns] = np.where(hidden & (dy < 0), _unit(5 * round_it - np.float32(3.5)) * 255, 255)
         height, width = ball.alpha.shape[1:]
-        return [_Layer(ball.x, ball.y, where.reshape(2, -1, height, width), alpha.reshape(-1, height, width))]
+        return [_Layer(ball.x, ball.y, where.reshape(2, -1, height, width), alpha.reshape(-1, height, width), bright)]
 
 
 def _heights(lids: F32, x: npt.NDArray[np.floating]) -> F32:
@@ -675,6 +688,7 @@ class _Layer:
     y: int
     where: F32
     alpha: F32
+    bright: U8 | None = None  # (n, h, w), up to what luma either of two shows more light than the other; None: any
 
 
 def _unit(values: F32) -> F32:

@@ -68,7 +68,10 @@ _RING = 1.28  # how far around the mouth's centre the still frame of the warp li
 _MARGIN_PX = 4.0  # around what the warp may move
 _PAINT_SCALE = 100.0  # pixels of the painter's crop to the distance of the eyes
 _PAINT_CENTRE = np.array([0.0, 1.2, -0.28], np.float32)
-_LOWER_MIDDLE = slice(14, 17)  # of mesh.INNER_LIP
+_LOWER_MIDDLE, _CORNERS = slice(14, 17), [0, 10]  # of mesh.INNER_LIP
+_SPARE = 1.06  # by how much a mouth may be wider than that of the reference
+_DARK_AT = np.array([0.45, 0.55], np.float32)  # of the upper and of the lower lip, in an imagined mouth
+_KEPT = 0.55  # of the reference's opening to either side: as wide in a wider mouth, for front teeth are
 _MIN_HOLE_PX = 6.0  # area of the opening, in painter pixels, from which it is painted
 
 
@@ -308,7 +311,7 @@ def _imagined(reference: Reference, basis: MotionBasis) -> Reference | None:
         return None
     drawing.imagine()
     opened = picture.painted((drawing.patch(),)).rgb(Region(0, 0, region.width_px, region.height_px))
-    return Reference(region, opened, replace(reference.face, points_px=target + origin))
+    return Reference(region, opened, replace(reference.face, points_px=target + origin), imagined=True)
 
 
 def _part_lips(points_px: F32) -> None:
@@ -409,8 +412,7 @@ class _Drawing:
         _view(self._planes, self._color, to_crop, layers[:3])
         layers[:3] *= cv2.dilate(hole, np.ones((3, 3), np.uint8)) <= 2
         np.multiply(hole, np.float32(1 / 255), out=layers[3])
-        layers[4:8] = reference.layers[:, rows]
-        reference.move(lips[_LOWER_MIDDLE].mean(axis=0), rows, layers[8:])
+        reference.show(lips, rows, layers[4:8], layers[8:])
         return layers, rows.start
 
     def fill(self, painted: F32, top: int) -> None:
@@ -551,13 +553,14 @@ class _ReferenceMouth:
     """The most open mouth known of the person: layers (4, 80, 96), the painter's crop and its opening; 0 without one."""
 
     layers: F32
-    lower_lip: F32  # (2,), the middle of the lower inner lip in the crop
+    lips: F32  # (20, 2), mesh.INNER_LIP in the crop
+    imagined: bool = False
 
     @classmethod
     def of(cls, references: Sequence[Reference]) -> _ReferenceMouth:
         layers = np.zeros((4, PAINT_SIZE[1], PAINT_SIZE[0]), np.float32)
         if not references:
-            return cls(layers, np.zeros(2, np.float32))
+            return cls(layers, np.zeros((len(mesh.INNER_LIP), 2), np.float32))
         reference = max(references, key=lambda r: mesh.opening(r.face.points_px))
         matrix = _crop_matrix(fit_pose(reference.face.points_px))
         lips = _apply(matrix, reference.face.points_px[mesh.INNER_LIP, :2])
@@ -565,20 +568,48 @@ class _ReferenceMouth:
         local[:, 2] += matrix[:, :2] @ [reference.region.x_px, reference.region.y_px]
         _view(to_planes(reference.rgb, Color()), Color(), local, layers[:3])
         np.multiply(_polygon(lips, PAINT_SIZE), np.float32(1 / 255), out=layers[3])
-        return cls(layers, lips[_LOWER_MIDDLE].mean(axis=0))
+        return cls(layers, lips, reference.imagined)
 
-    def move(self, lower_lip: F32, rows: slice, out: F32) -> None:
-        """Put the `rows` of the layers into `out`, moved so that the lower lip's middle comes to `lower_lip`."""
-        if not self.layers[3].any():
-            out[:] = self.layers[:, rows]
+    def show(self, lips: F32, rows: slice, skull: F32, jaw: F32) -> None:
+        """Put the `rows` of the layers into `skull` as they are, and into `jaw` moved so that the lower lip's middle comes to that
+        of `lips`; drawn out at the sides where these are wider, and an imagined one where they open further."""
+        layers = self.layers
+        if not layers[3].any():
+            skull[:] = jaw[:] = layers[:, rows]
             return
-        dx, dy = lower_lip - self.lower_lip
-        shift = np.array([[1, 0, dx], [0, 1, dy - rows.start]], np.float32)
-        size = out.shape[:0:-1]
-        for layer, moved, edge in zip(
-            self.layers, out, (*(cv2.BORDER_REPLICATE,) * 3, cv2.BORDER_CONSTANT), strict=True
-        ):
+        columns = self._columns(lips)
+        dx, dy = (lips - self.lips)[_LOWER_MIDDLE].mean(axis=0)
+        more = max(dy, 0) if self.imagined else 0
+        if columns is not None or more > 0:
+            # An imagined mouth is drawn out between teeth and tongue: else its upper teeth would show once more, on the jaw.
+            middle = _DARK_AT @ self.lips[[5, 15], 1]
+            y = np.arange(PAINT_SIZE[1], dtype=np.float32)
+            y = np.where(y > middle, np.maximum(y - more, middle), y).astype(np.float32)
+            places = np.meshgrid(np.arange(PAINT_SIZE[0], dtype=np.float32) if columns is None else columns, y)
+            edge = cv2.BORDER_REPLICATE
+            layers = np.stack([cv2.remap(layer, *places, cv2.INTER_LINEAR, borderMode=edge) for layer in layers])
+        skull[:] = layers[:, rows]
+        shift = np.array([[1, 0, dx], [0, 1, dy - more - rows.start]], np.float32)
+        size = jaw.shape[:0:-1]
+        for layer, moved, edge in zip(layers, jaw, (*(cv2.BORDER_REPLICATE,) * 3, cv2.BORDER_CONSTANT), strict=True):
             cv2.warpAffine(layer, shift, size, dst=moved, borderMode=edge)
+
+    def _columns(self, lips: F32) -> F32 | None:
+        """Which column to take for each, that the corners come to those of wider `lips`; None where they are no wider.
+
+        What shows at the corners would else be no mouth of theirs, and there the painter fills the opening with dark red.
+        """
+        middle = self.lips[_CORNERS, 0].mean()
+        left, right = self.lips[_CORNERS, 0] - middle
+        to_left, to_right = (lips[_CORNERS, 0] - middle) / _SPARE
+        to_left, to_right = min(to_left, left), max(to_right, right)
+        if to_left == left and to_right == right:
+            return None
+        far = 2 * PAINT_SIZE[0]
+        at = [to_left - far, to_left, _KEPT * left, _KEPT * right, to_right, to_right + far]
+        taken = [left - far, left, _KEPT * left, _KEPT * right, right, right + far]
+        columns = np.arange(PAINT_SIZE[0]) - middle
+        return np.asarray(np.interp(columns, at, taken) + middle, np.float32)
 
 
 # The points that the warp may move: everything below the nose in the canonical face.
