@@ -34,3 +34,13 @@ def until(true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
     while not true():
         assert time.monotonic() < deadline_s, "it did not happen in time"
         time.sleep(0.05)
+
+
+class Clock:
+    """A clock that stands until a test moves it."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s

@@ -12,20 +12,14 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the service needs the extra serve")
 
 from beavervision.serve.jobs import Job, JobTable, KeyReusedError, NewJob, QueueFullError, State, new_id
+from tests.answers import Clock
 
 ATTEMPTS, LEASE_S = 3, 10.0
 
 
-class Clock:
-    now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -18,17 +18,11 @@ from beavervision.serve.problems import Problem
 from beavervision.serve.service import Service
 from beavervision.serve.who import owner_of
 from beavervision.settings import Settings
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.answers import Clock
 
 
 def test_a_bucket_gives_the_burst_then_the_rate() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     buckets, allowed = Buckets(clock), Allowance(2.0, 3, 0.0)
     assert [buckets.take("a", allowed) for _ in range(4)] == [0, 0, 0, 0.5]
     assert buckets.take("b", allowed) == 0
@@ -41,7 +35,7 @@ def test_a_bucket_gives_the_burst_then_the_rate() -> None:
 
 def test_few_clients_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beavervision.serve.limits._KNOWN", 10)
-    buckets, allowed = Buckets(Clock()), Allowance(1.0, 1, 0.0)
+    buckets, allowed = Buckets(Clock(100.0)), Allowance(1.0, 1, 0.0)
     for number in range(1000):
         buckets.take(str(number), allowed)
     assert len(buckets._left) == 10

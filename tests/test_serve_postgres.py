@@ -21,6 +21,7 @@ from sqlalchemy import Engine, event
 from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import Job, JobTable, KeyReusedError, NewJob, QueueFullError, State, new_id
 from beavervision.serve.storage import LocalStorage
+from tests.answers import Clock
 
 ATTEMPTS, LEASE_S = 3, 10.0
 _USER = "postgres"  # who runs it where the tests run as root, which it refuses to
@@ -67,16 +68,9 @@ def database() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-class Clock:
-    now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
@@ -107,7 +101,7 @@ def test_a_job_that_is_taken_in_that_moment_is_counted_once(database: str, table
 def test_many_workers_take_each_job_once(database: str, table: JobTable) -> None:
     jobs = {queued(table).id for _ in range(60)}
     found: list[str] = []
-    tables = [JobTable(database, attempts=ATTEMPTS, lease_s=LEASE_S, clock=Clock()) for _ in range(4)]
+    tables = [JobTable(database, attempts=ATTEMPTS, lease_s=LEASE_S, clock=Clock(1000.0)) for _ in range(4)]
 
     def take_all(own: JobTable, name: str) -> None:
         while (job := own.take(name)) is not None:

@@ -20,17 +20,10 @@ from beavervision.serve.scaling import Scaler, room
 from beavervision.serve.schema import MemoryOut
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
-from tests.answers import until
+from tests.answers import Clock, until
 from tests.test_serve import started
 
 TEXT = "Papa moved away, and nobody ever asked him why he did so. " * 3
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
