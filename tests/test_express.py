@@ -291,6 +291,21 @@ def test_the_head_turns_as_its_signs_say() -> None:
 # What must stay --------------------------------------------------------------------------------------
 
 
+def test_a_head_that_is_turned_already_turns_less() -> None:
+    def changed(by_deg: float) -> float:
+        by = np.radians(by_deg)
+        turn = np.array([[np.cos(by), 0, np.sin(by)], [0, 1, 0], [-np.sin(by), 0, np.cos(by)]], np.float32)
+        middle = face().points_px.mean(axis=0)
+        turned = (face().points_px - middle) @ turn.T + middle
+        controls = np.zeros(BLENDSHAPES, np.float32)
+        drawn = expressed(portrait(), turned.astype(np.float32), controls, head(yaw=10, pitch=8), load_basis())
+        return float(np.abs(drawn.y.astype(int) - portrait().y).mean())
+
+    front, side, far = changed(0), changed(32), changed(50)
+    assert far == 0
+    assert 0 < side < 0.7 * front
+
+
 def test_nothing_asked_for_is_the_very_same_picture() -> None:
     picture = portrait()
     assert made(picture=picture) is picture

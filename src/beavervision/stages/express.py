@@ -33,6 +33,7 @@ _AROUND = 1.0  # how much of the picture around the face is looked at, in eye di
 _ROWS = 8  # of cells, remapped together
 _LEAST_GAZE_PX = 0.02
 _NECK = np.array([0.0, 1.6, 1.1], np.float32)  # what the head turns about, in the pose-free frame
+_TURNED_DEG, _MOST_TURNED_DEG = 22.0, 40.0  # of yaw, between which a head that turns further turns less and less
 # How far beyond the outline, in parts of the way from its middle, the motion of the skin and that of the head reach.
 _SKIN_REACH, _HEAD_REACH = 0.18, 0.3
 _LEVELS = 0.06  # steps of the samples there
@@ -96,9 +97,15 @@ def _planned(
     points = points_px[:, :2] - np.array([region.x_px, region.y_px], np.float32)
     move = basis.displacement(controls, face)
     skin_px = pose.vector_to_picture(move)[:, :2]
-    head_px = _turned(face + move, head, pose) if turns else None
+    head_px = _turned(face + move, _bearable(head, pose), pose) if turns else None
     eyes = _Eyes.of(points, skin_px, basis.closing(controls), pose)
     return partial(_Warp.of(points, skin_px, head_px, pose, eyes).apply, picture, region, eyes)
+
+
+def _bearable(head: F32, pose: Pose) -> F32:
+    """The motion of a head of which half is seen already: it turns less the less is seen of its far side."""
+    part = min(max((_MOST_TURNED_DEG - abs(pose.yaw_deg)) / (_MOST_TURNED_DEG - _TURNED_DEG), 0.0), 1.0)
+    return head * np.array([part, part, 1, 1, 1, 1], np.float32)
 
 
 def _turned(face: F32, head: F32, pose: Pose) -> F32:
