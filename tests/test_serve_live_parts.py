@@ -226,6 +226,7 @@ def test_no_segment_is_longer_than_the_playlist_says_whatever_pictures_come(miss
         fanout = Fanout(lambda: asked.append(1))
         hls = Hls(fanout, (SIZE, SIZE))
         since, targets, durations = 24, set(), {}
+        gaps: dict[str, set[int]] = {}  # how many a segment says are before it, in each playlist that has it
         for n in range(500):
             fanout.publish([packet(Kind.AAC, n / 25, 1 / 25)])
             since += n not in missing
@@ -243,11 +244,18 @@ def test_no_segment_is_longer_than_the_playlist_says_whatever_pictures_come(miss
                     lines = found[0].decode().splitlines()
                     targets |= {int(line.partition(":")[2]) for line in lines if "TARGETDURATION" in line}
                     times = [float(line[8:-1]) for line in lines if line.startswith("#EXTINF")]
+                    before = next(int(line.partition(":")[2]) for line in lines if "DISCONTINUITY-SEQUENCE" in line)
+                    for line in lines:
+                        before += line == "#EXT-X-DISCONTINUITY"
+                        if not line.startswith("#"):
+                            gaps.setdefault(line, set()).add(before)
                     durations |= dict(zip([line for line in lines if not line.startswith("#")], times, strict=True))
         (target,) = targets
         assert max(round(seconds) for seconds in durations.values()) <= target
+        assert all(len(told) == 1 for told in gaps.values())
         if not missing:
             assert min(durations.values()) >= 0.95
+            assert set().union(*gaps.values()) == {0}
         assert len([name for name in durations if name.startswith("video")]) >= (10 if answers else 4)
         await hls.close()
 

@@ -134,6 +134,7 @@ class Supervisor:
 
     def _watch(self) -> None:
         next_scale_s = next_sweep_s = 0.0
+        blind = False
         while not self._over.wait(_LOOK_S):
             with self._lock:
                 for slot in self._slots:
@@ -141,8 +142,11 @@ class Supervisor:
             if self._scaler is not None and time.monotonic() >= next_scale_s:
                 try:
                     self._scale(self._scaler)
+                    blind = False
                 except SQLAlchemyError as error:
-                    _LOG.warning("how many jobs wait cannot be told: %s", error)
+                    if not blind:
+                        _LOG.warning("how many jobs wait cannot be told: %s", error)
+                    blind = True
                 next_scale_s = time.monotonic() + _SCALE_S
             if time.monotonic() >= next_sweep_s:
                 try:

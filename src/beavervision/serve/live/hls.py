@@ -86,8 +86,10 @@ class Hls:
 
 
 class _Segment:
-    def __init__(self, number: int, first: Coded, after_gap: bool) -> None:
-        self.number, self.start, self.after_gap = number, first.pts, after_gap
+    """`gaps` of the track lie before it, one of them just before if it is `after_gap`."""
+
+    def __init__(self, number: int, first: Coded, after_gap: bool, gaps: int) -> None:
+        self.number, self.start, self.after_gap, self.gaps = number, first.pts, after_gap, gaps
         self.data = b""
         self.seconds = 0.0
 
@@ -101,7 +103,7 @@ class _Segments:
         self._open: _Segment | None = None
         self._parts: list[bytes] = []
         self._next: int | None = None
-        self._segments = self._fragments = 0
+        self._segments = self._fragments = self._gaps = 0
 
     def is_late(self, time_s: float) -> bool:
         """Whether the next segment should have begun by `time_s`, and did not."""
@@ -113,7 +115,8 @@ class _Segments:
         gap = too_long or (self._next is not None and packet.pts - self._next > self._hz // 2)
         if self._open is None or (packet.keyframe and (gap or age >= (SEGMENT_S - 0.05) * self._hz)):
             self._finish(packet.pts if not gap else self._next or packet.pts)
-            self._open = _Segment(self._segments, packet, gap)
+            self._gaps += gap
+            self._open = _Segment(self._segments, packet, gap, self._gaps)
             self._segments += 1
         elif too_long:
             return
@@ -133,11 +136,13 @@ class _Segments:
 
     def playlist(self, suffix: str) -> str:
         listed = list(self.kept.items())[-_LISTED:]
+        first = listed[0][1]
         lines = [
             "#EXTM3U",
             "#EXT-X-VERSION:7",
             f"#EXT-X-TARGETDURATION:{_TARGET_S}",
-            f"#EXT-X-MEDIA-SEQUENCE:{listed[0][1].number}",
+            f"#EXT-X-MEDIA-SEQUENCE:{first.number}",
+            f"#EXT-X-DISCONTINUITY-SEQUENCE:{first.gaps - first.after_gap}",
             f'#EXT-X-MAP:URI="{self._name}.mp4{suffix}"',
         ]
         for name, segment in listed:
