@@ -416,7 +416,6 @@ class _Client:
         self._secure, self._host = parts.scheme == "https", parts.netloc.rpartition("@")[2]
         self._local = parts.hostname in ("127.0.0.1", "::1", "localhost")
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._pids: tuple[int, ...] = ()
 
     def call(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
@@ -464,24 +463,16 @@ class _Client:
             return None
         try:
             return self._resident()
-        except (OSError, IndexError):  # a worker was started anew
-            self._pids = ()
-        try:
-            return self._resident()
-        except (OSError, IndexError):
+        except (OSError, IndexError, UsageError):  # a worker ended in this moment, or nobody answers
             return None
 
     def _resident(self) -> int | None:
-        if not self._pids:
-            workers = [int(worker["pid"]) for worker in self.status()["workers"] if worker["pid"]]
-            if not workers:
-                return None
-            # the parent of a worker is the server; behind a tunnel the numbers are those of another machine
-            if "beavervision.serve.worker" not in Path(f"/proc/{workers[0]}/cmdline").read_text():
-                return None
-            server = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
-            self._pids = (server, *workers)
-        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids)
+        workers = [int(worker["pid"]) for worker in self.status()["workers"] if worker["pid"]]
+        # Behind a tunnel the numbers are those of another machine.
+        if not workers or "beavervision.serve.worker" not in Path(f"/proc/{workers[0]}/cmdline").read_text():
+            return None
+        server = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])  # a worker's parent
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (server, *workers))
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
