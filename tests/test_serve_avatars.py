@@ -19,7 +19,7 @@ from beavervision.media import BLENDSHAPES, POINTS, Face, FaceState, FaceTrack, 
 from beavervision.pipeline import Look
 from beavervision.serve.avatars import Avatars
 from beavervision.serve.jobs import NewJob, new_id
-from beavervision.serve.looks import load_look, save_look
+from beavervision.serve.looks import load_choice, load_look, save_look
 from beavervision.serve.place import Place
 from beavervision.serve.supervisor import Supervisor
 from beavervision.settings import Settings
@@ -184,6 +184,7 @@ def test_a_look_comes_back_as_it_was(tmp_path: Path) -> None:
     save_look(there, tmp_path / "a.npz")
     back = load_look(tmp_path / "a.npz")
     assert (back.survey.choice, back.survey.faces_seen) == (there.survey.choice, 4)
+    assert load_choice(tmp_path / "a.npz") == there.survey.choice
     assert len(back.survey.references) == 3
     for one, other in zip(there.survey.references, back.survey.references, strict=True):
         assert one.region == other.region

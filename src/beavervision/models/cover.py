@@ -20,7 +20,6 @@ from beavervision.models import mesh
 from beavervision.models.mesh import Pose
 
 _FACE_PX = 54.0  # the greater side of the face in the reduced picture
-_UPPER = np.array([151, 9, 108, 337, 69, 299, 6, 197, 117, 346, 118, 347, 50, 280, 101, 330, 123, 352, 143, 372])
 _NEIGHBOURS = 10  # points of one spot
 _SPOTS_EYES, _PATTERN_EYES = 0.18, 0.3  # how far from the lips spots and pattern reach, in eye distances
 _FLOOR = np.array([8.0, 2.5, 2.5], np.float32)  # of the spread, for light of 100: noise and a little play
@@ -51,7 +50,7 @@ def _points() -> tuple[npt.NDArray[np.intp], F32, npt.NDArray[np.intp]]:
 def colours(picture: Picture, points_px: F32) -> F32:
     """The Y, U, V of the lower face's points, (n, 3): Y as if the upper face had 100, U and V less those of the upper face."""
     low, _, _ = _points()
-    which = np.concatenate([low, _UPPER])
+    which = np.concatenate([low, mesh.UPPER_SKIN])
     at = points_px[which, :2]
     extent = float(np.ptp(points_px[:, :2], axis=0).max())
     margin = 0.06 * extent

@@ -41,6 +41,8 @@ JAW = _index(454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 14
 EYE_CORNERS = _index(33, 133, 362, 263)
 # Points that neither speech nor smiling moves: eye corners, bridge of the nose, forehead, temples.
 STABLE = _index(33, 133, 362, 263, 168, 6, 197, 195, 5, 4, 10, 67, 297, 54, 284, 127, 356, 162, 389, 143, 372, 21, 251)
+# Skin that speech hardly moves: forehead, bridge of the nose, upper cheeks, temples.
+UPPER_SKIN = _index(151, 9, 108, 337, 69, 299, 6, 197, 117, 346, 118, 347, 50, 280, 101, 330, 123, 352, 143, 372)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

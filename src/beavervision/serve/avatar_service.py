@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from beavervision import metrics
 from beavervision.serve.avatars import LOOK, PICTURE, SOURCE, AvatarRow
 from beavervision.serve.jobs import Job, NewJob, State, new_id
-from beavervision.serve.looks import load_look
+from beavervision.serve.looks import load_choice
 from beavervision.serve.problems import Problem, of_validation
 from beavervision.serve.schema import AvatarOut, AvatarSettings, ErrorOut, time_of
 from beavervision.serve.telemetry import current
@@ -101,7 +101,7 @@ class AvatarService:
             Problem: as :meth:`usable`.
         """
         row = self.usable(avatar_id, owner)
-        return self._file(row, SOURCE), load_look(self._file(row, LOOK)).survey.choice
+        return self._file(row, SOURCE), load_choice(self._file(row, LOOK))
 
     def picture(self, avatar_id: str, owner: str) -> Path:
         """A small JPEG of it; raises as :meth:`usable`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,36 @@ def load_look(path: Path) -> Look:
     Raises:
         FileNotFoundError: it is gone, or damaged.
     """
+    with _opened(path) as arrays:
+        track = _track(arrays) if "track_there" in arrays else None
+        facts = _facts(arrays)
+        references = tuple(_reference(arrays, n) for n in range(sum(name.endswith("_rgb") for name in arrays)))
+        return Look(Survey(_choice(facts), references, facts["seen"]), track)
+
+
+def load_choice(path: Path) -> FaceChoice:
+    """Which face a look found, without the rest of it; raises as :func:`load_look`."""
+    with _opened(path) as arrays:
+        return _choice(_facts(arrays))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The arrays of a look; what goes wrong with them means that it is gone."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            track = _track(arrays) if "track_there" in arrays else None
-            facts = json.loads(arrays["facts"].tobytes())
-            references = tuple(_reference(arrays, n) for n in range(sum(name.endswith("_rgb") for name in arrays)))
+            yield arrays
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, cv2.error) as error:
         raise FileNotFoundError(path) from error
+
+
+def _facts(arrays: Any) -> Any:
+    return json.loads(arrays["facts"].tobytes())
+
+
+def _choice(facts: Any) -> FaceChoice:
     place = facts["place"]
-    choice = FaceChoice(index=facts["index"], place=None if place is None else (place[0], place[1]))
-    return Look(Survey(choice, references, facts["seen"]), track)
+    return FaceChoice(index=facts["index"], place=None if place is None else (place[0], place[1]))
 
 
 def _track(arrays: Any) -> FaceTrack:

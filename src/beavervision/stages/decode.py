@@ -63,11 +63,10 @@ _CONTAINERS = (
     "eac3,dts,mxf,wv,tta,ape,m4v,h264,hevc,ivf,yuv4mpegpipe,rm,dv,nut"
 )
 _STILLS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
-_MATRICES = {1: Matrix.BT709, 5: Matrix.BT601, 6: Matrix.BT601, 9: Matrix.BT2020, 10: Matrix.BT2020}
+MATRICES = {1: Matrix.BT709, 5: Matrix.BT601, 6: Matrix.BT601, 9: Matrix.BT2020, 10: Matrix.BT2020}  # by FFmpeg's codes
 _SAMPLES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
-_FRACTION = (
-    4  # floats up to it are fractions of white, which highlights may pass: as levels of 255 they would all be black
-)
+# Floats up to it are fractions of white, which highlights may pass: as levels of 255 they would all be black.
+_FRACTION = 4
 _USUAL_PLACES = {5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # of so many channels
 _PLANES = frozenset({"yuv420p", "yuvj420p"})  # taken as they are
 _FULL_RANGE = 2
@@ -756,7 +755,7 @@ def _square(width_px: int, height_px: int, stream: av.VideoStream) -> tuple[int,
 
 
 def _matrix(code: int, height_px: int) -> Matrix:
-    return _MATRICES.get(code, Matrix.BT709 if height_px >= 720 else Matrix.BT601)
+    return MATRICES.get(code, Matrix.BT709 if height_px >= 720 else Matrix.BT601)
 
 
 def _picture(frame: av.VideoFrame, size: tuple[int, int], turn: Turn) -> Picture:

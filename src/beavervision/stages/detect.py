@@ -145,8 +145,8 @@ def survey(pictures: Iterable[Picture], nets: FaceNets, choice: FaceChoice, ever
             overlaps = [0.0 if other is None else crop.overlap(other) for other in last]
             who = int(np.argmax(overlaps)) if overlaps and max(overlaps) > 0.2 else len(people)
             if who == len(people) and away:
-                nearest = min(away, key=lambda i: unlike(look, np.stack(looks[i])))
-                if unlike(look, np.stack(looks[nearest])) < 1:
+                apart, nearest = min((unlike(look, np.stack(looks[i])), i) for i in away)
+                if apart < 1:
                     who = nearest
                     away.remove(who)
             if who == len(people):

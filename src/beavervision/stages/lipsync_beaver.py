@@ -252,18 +252,20 @@ class _Cast:
         assert clip.track is not None
         people: list[_Person] = []
         for picture, face, shot in zip(clip.frames.pictures, clip.track.faces, clip.track.shot, strict=True):
-            if face is not None and shot != self._shot and abs(fit_pose(face.points_px).yaw_deg) < _FRONTAL_DEG:
-                self._shot = shot
-                self._now = self._who(picture, face)
+            if face is not None and shot != self._shot:
+                pose = fit_pose(face.points_px)
+                if abs(pose.yaw_deg) < _FRONTAL_DEG:
+                    self._shot = shot
+                    self._now = self._who(picture, face, pose)
             people.append(self._now if shot == self._shot else self._known[0])
         return people
 
-    def _who(self, picture: Picture, face: Face) -> _Person:
+    def _who(self, picture: Picture, face: Face, pose: Pose) -> _Person:
         region = Region.around(face.points_px, 0.0, picture.width_px, picture.height_px)
         if region is None or self._known[0].profile.looks is None:
             return self._known[0]
         seen = Reference(region, picture.rgb(region), face)
-        look = likeness(seen.rgb, region, face.points_px, fit_pose(face.points_px))
+        look = likeness(seen.rgb, region, face.points_px, pose)
         apart = [np.inf if (looks := one.profile.looks) is None else unlike(look, looks) for one in self._known]
         if min(apart) < 1:
             return self._known[int(np.argmin(apart))]

@@ -27,6 +27,7 @@ from beavervision.serve.live.hls import Hls
 from beavervision.serve.live.push import Push
 from beavervision.serve.live.webrtc import Network, Peer, take, watch
 from beavervision.serve.problems import Problem
+from beavervision.stages.decode import MATRICES
 
 _KEY_S = 0.2  # at least between two key pictures that viewers asked for
 _HLS_IDLE_S = 20.0  # after the last request for a playlist or segment
@@ -34,11 +35,6 @@ _MEASURED = 3000  # pictures: two minutes
 _PEERS, _PUSHES = 32, 4
 _EVENTS = 64
 _CAMERA = Color()  # of a camera's pictures, whatever it sends
-_MATRICES = {
-    1: Matrix.BT709,
-    9: Matrix.BT2020,
-    10: Matrix.BT2020,
-}  # by FFmpeg's codes; cameras that tell none mean BT.601
 _LOG = logging.getLogger("beavervision.serve")
 
 
@@ -309,7 +305,7 @@ def as_picture(frame: av.VideoFrame, size_px: tuple[int, int]) -> Picture:
     scale = max(width / frame.width, height / frame.height)
     wide, high = max(round(frame.width * scale / 2) * 2, width), max(round(frame.height * scale / 2) * 2, height)
     full_range = frame.format.name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
-    color = Color(_MATRICES.get(frame.colorspace, Matrix.BT601), full_range)
+    color = Color(MATRICES.get(frame.colorspace, Matrix.BT601), full_range)  # cameras that tell none mean BT.601
     frame = recolored(frame, color, _CAMERA, wide, high)
     x, y = (wide - width) // 4 * 2, (high - height) // 4 * 2
     planes = []
